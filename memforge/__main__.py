@@ -1,0 +1,3 @@
+from memforge.cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""The registry of block kinds: one folder per kind, one line here, and nothing else to touch.
+
+Installed packages add kinds of their own through the entry-point group `memforge.blocks`; each entry point is a
+`Kind`. Importing this module never imports torch.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from memforge.blocks.attention.spec import KIND as ATTENTION
+from memforge.blocks.base import Kind
+from memforge.blocks.ffn.spec import KIND as FFN
+from memforge.blocks.memory.spec import KIND as MEMORY
+from memforge.blocks.moe.spec import KIND as MOE
+from memforge.blocks.values.spec import KIND as VALUES
+from memforge.errors import DeviceError
+
+BUILTIN: tuple[Kind, ...] = (ATTENTION, FFN, MEMORY, MOE, VALUES)
+ENTRY_POINTS = "memforge.blocks"
+
+
+@cache
+def registry() -> Mapping[str, Kind]:
+    """Every kind by name, built-in ones first. Raises DeviceError when two share a name."""
+    kinds = [*BUILTIN, *(entry.load() for entry in entry_points(group=ENTRY_POINTS))]
+    by_name = {kind.name: kind for kind in kinds}
+    if len(by_name) != len(kinds):
+        twice = sorted({k.name for k in kinds if sum(o.name == k.name for o in kinds) > 1})
+        raise DeviceError(f"two installed packages define the block kind {', '.join(twice)}")
+    return by_name
+
+
+def kinds_of(role: Literal["mixer", "block", "pool"]) -> tuple[Kind, ...]:
+    return tuple(kind for kind in registry().values() if kind.role == role)
+
+
+def load_module(kind: Kind) -> Any:
+    """The nn.Module class of a kind. Imports torch."""
+    module, _, name = kind.module.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,188 @@
+"""What every block kind is made of, free of torch: what the spec says, what the plan holds, what it costs.
+
+Dimension letters, for the whole project: b batch, t tokens in a sequence, n flat tokens (b*t), d model, h heads,
+k selected per head, s sub-keys per half, m = s*s slots, q key width, v value width, e experts, f hidden,
+l layers, c vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from memforge.errors import KeyPath, Problem
+
+# Bounds keep every product of sizes an exact integer that a report can hold, and refuse specs by arithmetic
+# long before anything is allocated.
+Dim = Annotated[int, Field(ge=1, le=2**17)]
+Count = Annotated[int, Field(ge=1, le=2**20)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["float32", "bfloat16", "float16"]
+BYTES_PER_ELEMENT: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class SpecModel(BaseModel):
+    """A table of the spec: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class PlanModel(BaseModel):
+    """A record of the plan: complete, immutable, JSON in and out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Init(PlanModel):
+    """How a parameter starts: normal(std = scale), uniform(+-scale), or the constant `scale`."""
+
+    kind: Literal["normal", "uniform", "constant"]
+    scale: float
+
+
+def normal(std: float) -> Init:
+    return Init(kind="normal", scale=std)
+
+
+def uniform(bound: float) -> Init:
+    return Init(kind="uniform", scale=bound)
+
+
+def constant(value: float) -> Init:
+    return Init(kind="constant", scale=value)
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter a block owns, named relative to the block.
+
+    `active` is the number of elements one token touches (None: all of them).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Init
+    group: Literal["dense", "values"] = "dense"
+    decay: bool = True
+    dtype: DType = "float32"
+    active: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def linear(name: str, in_dim: int, out_dim: int, init: Init, *, bias: Init | None = None) -> tuple[Param, ...]:
+    """Rows of an nn.Linear: weight [out, in] and, if `bias` says how it starts, bias [out]."""
+    weight = Param(f"{name}.weight", (out_dim, in_dim), init)
+    return (weight,) if bias is None else (weight, Param(f"{name}.bias", (out_dim,), bias, decay=False))
+
+
+def norm(name: str, dim: int) -> Param:
+    """The gain of an RMSNorm."""
+    return Param(f"{name}.weight", (dim,), constant(1.0), decay=False)
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """FLOPs of one op over a whole batch; a multiply-add is 2.
+
+    `executed` is what the machine does and what a counter sees; `counted` is the model's FLOPs by convention:
+    causal attention at half, scoring backward over the selected rows, no padding.
+    """
+
+    op: str
+    forward: int
+    backward: int
+    counted_forward: int | None = None
+    counted_backward: int | None = None
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        forward = self.forward if self.counted_forward is None else self.counted_forward
+        backward = self.backward if self.counted_backward is None else self.counted_backward
+        return forward, backward
+
+
+def matmul_cost(op: str, n: int, in_dim: int, out_dim: int) -> OpCost:
+    """A linear map of n rows: forward 2*n*in*out, and as much again for each of its two gradients."""
+    forward = 2 * n * in_dim * out_dim
+    return OpCost(op, forward, 2 * forward)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a block may know of the model around it."""
+
+    dim: int
+    num_layers: int
+    max_seq_len: int
+    pools: Mapping[str, Any] = field(default_factory=dict)
+
+
+class KindPlan(PlanModel):
+    """A block with every number resolved. `path` is its module path and the prefix of its parameters."""
+
+    kind: str
+    path: str
+
+    def params(self) -> tuple[Param, ...]:
+        raise NotImplementedError
+
+    def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
+        """Cost of `batch` sequences of `seq_len` tokens; every op that does multiply-adds is listed."""
+        raise NotImplementedError
+
+    def pool_path(self) -> str | None:
+        """The pool this block reads, if any."""
+        return None
+
+    def pool_rows_per_token(self) -> int:
+        return 0
+
+
+class KindSpec(SpecModel):
+    """What a user writes about a block."""
+
+    kind: str
+
+    def check(self, site: Site) -> Iterator[Problem]:
+        """Impossible combinations, with keys relative to this table."""
+        yield from ()
+
+    def plan(self, site: Site, path: str) -> KindPlan:
+        """Resolve against the model. Called only after `check` yielded nothing."""
+        raise NotImplementedError
+
+    def own_pool(self) -> "KindSpec | None":
+        """The pool this block brings along when it names none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One entry of the registry. `module` is "package.module:Class", imported only when a model is built.
+
+    `example_site` and `examples` are what the contract tests build: tables as a user would write them.
+    """
+
+    name: str
+    role: Literal["mixer", "block", "pool"]
+    spec: type[KindSpec]
+    plan: type[KindPlan]
+    module: str
+    examples: tuple[Mapping[str, Any], ...]
+    summary: str
+
+    example_dim: ClassVar[int] = 32
+
+
+def unknown(key: KeyPath, what: str, name: str, known: list[str]) -> Problem:
+    """A name that is not defined, with the nearest one that is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    listed = ", ".join(known) if known else "none is defined"
+    return Problem(key, f"no {what} named `{name}`", f"did you mean `{close[0]}`?" if close else f"known: {listed}")

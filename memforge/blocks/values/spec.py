@@ -1,0 +1,68 @@
+"""A pool of value rows that one or many memory blocks read."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from memforge.blocks.base import Dim, DType, Kind, KindPlan, KindSpec, OpCost, Param, Site, normal
+
+# slots = num_sub_keys ** 2 must be addressable as an int64 with room for a row width of 2**17: 2**17 squared is
+# 2**34 slots, 2**51 elements.
+SubKeys = Annotated[int, Field(ge=1, le=2**17)]
+
+
+class ValuesSpec(KindSpec):
+    """A pool of num_sub_keys ** 2 trainable rows, owned by the model and read by memory blocks."""
+
+    kind: Literal["values"] = "values"
+    num_sub_keys: SubKeys = Field(description="sub-keys per half; slots = num_sub_keys ** 2")
+    value_dim: Literal["model"] | Dim = Field("model", description='width of a row; "model" is model.dim')
+    dtype: DType = Field("float32", description="storage type of the rows")
+
+    def width(self, site: Site) -> int:
+        return site.dim if self.value_dim == "model" else self.value_dim
+
+    def plan(self, site: Site, path: str) -> "ValuesPlan":
+        return ValuesPlan(
+            kind="values",
+            path=path,
+            num_sub_keys=self.num_sub_keys,
+            value_dim=self.width(site),
+            dtype=self.dtype,
+        )
+
+
+class ValuesPlan(KindPlan):
+    kind: Literal["values"]
+    num_sub_keys: int
+    value_dim: int
+    dtype: DType
+
+    def params(self) -> tuple[Param, ...]:
+        slots = self.num_sub_keys**2
+        # No decay: rows that are not read would shrink without ever seeing a gradient.
+        return (
+            Param(
+                "values",
+                (slots, self.value_dim),
+                normal(self.value_dim**-0.5),
+                group="values",
+                decay=False,
+                dtype=self.dtype,
+            ),
+        )
+
+    def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
+        """Nothing of its own: reading rows is the cost of the block that reads them."""
+        return ()
+
+
+KIND = Kind(
+    name="values",
+    role="pool",
+    spec=ValuesSpec,
+    plan=ValuesPlan,
+    module="memforge.blocks.values.module:Values",
+    examples=({"num_sub_keys": 8}, {"num_sub_keys": 5, "value_dim": 12}),
+    summary="value rows read by memory blocks",
+)

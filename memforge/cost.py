@@ -1,0 +1,179 @@
+"""The ledger: parameters and FLOPs of a plan, exact integers, without torch.
+
+Conventions, printed on every report: a multiply-add is 2 FLOPs; backward is counted op by op, not assumed to be twice
+the forward; norms, softmax, top-k compares and element-wise work are excluded. `executed` is what the machine does
+and equals torch's FlopCounterMode; `counted` is the model's FLOPs by convention and is what parity compares.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from memforge.blocks.base import BYTES_PER_ELEMENT, OpCost, matmul_cost
+from memforge.errors import UsageError
+from memforge.plan import ModelPlan, ParamRow
+
+CONVENTIONS = (
+    "a multiply-add is 2 FLOPs; backward is counted op by op",
+    "counted: causal attention at half (2*t*t*width forward), scoring backward over the selected sub-keys only",
+    "executed: what the kernels compute, attention matrices in full; equal to torch's FlopCounterMode",
+    "active parameters: touched by one token - every dense weight and sub-key, one embedding row, the chosen "
+    "experts, heads*top_k value rows per reader",
+    "bytes: parameter bytes that one token reads in the forward pass, nothing cached",
+)
+EXCLUDED = ("norms", "softmax", "top-k compares", "activations and other element-wise work", "rotary positions")
+AXES = ("params", "active_params", "flops", "bytes")
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """FLOPs of one op of one block over the whole batch."""
+
+    path: str
+    kind: str
+    layer_idx: int | None
+    cost: OpCost
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """Every op and every parameter of a model at one batch shape. Totals are integers; per token is a rendering."""
+
+    model_hash: str
+    batch: int
+    seq_len: int
+    rows: tuple[CostRow, ...]
+    params: tuple[ParamRow, ...]
+    layers: tuple[tuple[str, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    def flops(self, *, executed: bool = False) -> tuple[int, int]:
+        """Forward and backward over the batch."""
+        return _flops(self.rows, executed=executed)
+
+    def axes(self) -> dict[str, int | float]:
+        """The four figures on which two models are compared. FLOPs are forward and backward, per token."""
+        return {
+            "params": sum(row.numel for row in self.params),
+            "active_params": sum(row.active for row in self.params),
+            "flops": per_token(sum(self.flops()), self.tokens),
+            "bytes": sum(row.active * BYTES_PER_ELEMENT[row.dtype] for row in self.params),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        axes, kinds = self.axes(), _by(self.params, "kind")
+        rows_of: dict[str, list[CostRow]] = _by(self.rows, "kind")
+        return {
+            "model_hash": self.model_hash,
+            "batch": self.batch,
+            "seq_len": self.seq_len,
+            "params": {
+                "total": axes["params"],
+                "active": axes["active_params"],
+                "by_kind": {kind: sum(r.numel for r in rows) for kind, rows in kinds.items()},
+                "active_by_kind": {kind: sum(r.active for r in rows) for kind, rows in kinds.items()},
+                "bytes": sum(r.numel * BYTES_PER_ELEMENT[r.dtype] for r in self.params),
+            },
+            "flops_per_token": {
+                **self._flops_dict(self.rows, executed=False),
+                "by_kind": {k: self._total(rows) for k, rows in rows_of.items()},
+                "executed": self._flops_dict(self.rows, executed=True),
+            },
+            "bytes_per_token": {"read": axes["bytes"]},
+            "layers": list(self._layer_dicts()),
+            "conventions": list(CONVENTIONS),
+            "excluded": list(EXCLUDED),
+        }
+
+    def _total(self, rows: list[CostRow]) -> int | float:
+        return per_token(sum(_flops(rows)), self.tokens)
+
+    def _flops_dict(self, rows: Iterable[CostRow], *, executed: bool) -> dict[str, int | float]:
+        forward, backward = _flops(list(rows), executed=executed)
+        return {
+            "forward": per_token(forward, self.tokens),
+            "backward": per_token(backward, self.tokens),
+            "total": per_token(forward + backward, self.tokens),
+        }
+
+    def _layer_dicts(self) -> Iterator[dict[str, Any]]:
+        """Layers in order. A shared pool is in no layer; it is in the totals, once."""
+        params, costs, pools = defaultdict(list), defaultdict(list), defaultdict(list)
+        for row in self.params:
+            params[_block_path(row.path)].append(row)
+            if row.owner.startswith("pool."):
+                for reader in row.readers:
+                    pools[reader].append(row.owner)
+        for cost_row in self.rows:
+            costs[cost_row.path].append(cost_row)
+        for idx, paths in enumerate(self.layers):
+            norms = (f"layers.{idx}.mixer_norm", f"layers.{idx}.block_norm")
+            inside = [row for path in (*norms, *paths) for row in params[path]]
+            yield {
+                "idx": idx,
+                "params": sum(row.numel for row in inside),
+                "active_params": sum(row.active for row in inside),
+                "flops_per_token": self._flops_dict([r for p in paths for r in costs[p]], executed=False),
+                "blocks": [self._block_dict(p, params[p], costs[p], pools[p]) for p in paths],
+            }
+
+    def _block_dict(
+        self, path: str, params: list[ParamRow], costs: list[CostRow], pools: list[str]
+    ) -> dict[str, Any]:
+        return {
+            "path": path,
+            "kind": costs[0].kind,
+            "params": sum(row.numel for row in params),
+            "active_params": sum(row.active for row in params),
+            "reads": sorted(pools),
+            "flops_per_token": self._flops_dict(costs, executed=False),
+            "ops": {row.cost.op: self._flops_dict([row], executed=False) for row in costs},
+        }
+
+
+def _block_path(param_path: str) -> str:
+    """layers.3.memory for layers.3.memory.pool.values."""
+    return ".".join(param_path.split(".")[:3])
+
+
+def estimate(plan: ModelPlan, *, batch: int = 1, seq_len: int | None = None) -> CostReport:
+    """The cost of one step on `batch` sequences of `seq_len` tokens (by default the model's longest).
+
+    Raises UsageError when seq_len is not in 1..max_seq_len or batch is not positive.
+    """
+    t = plan.max_seq_len if seq_len is None else seq_len
+    if not 1 <= t <= plan.max_seq_len:
+        raise UsageError(f"the sequence length must be 1 to {plan.max_seq_len} (model.max_seq_len), got {t}")
+    if batch < 1:
+        raise UsageError(f"the batch must be at least 1 sequence, got {batch}")
+    rows = []
+    for idx, layer in enumerate(plan.layers):
+        for part in (layer.mixer, *layer.blocks):
+            rows += [CostRow(part.path, part.kind, idx, cost) for cost in part.costs(batch, t)]
+    head = matmul_cost("head", batch * t, plan.dim, plan.vocab_size)
+    rows.append(CostRow("head", "head", None, head))
+    paths = tuple(tuple(part.path for part in (layer.mixer, *layer.blocks)) for layer in plan.layers)
+    return CostReport(plan.model_hash, batch, t, tuple(rows), plan.params, paths)
+
+
+def per_token(total: int, tokens: int) -> int | float:
+    """`total` over `tokens`, an integer where it divides."""
+    share = Fraction(total, tokens)
+    return share.numerator if share.denominator == 1 else float(share)
+
+
+def _flops(rows: Iterable[CostRow], *, executed: bool = False) -> tuple[int, int]:
+    pairs = [(row.cost.forward, row.cost.backward) if executed else row.cost.counted for row in rows]
+    return sum(f for f, _ in pairs), sum(b for _, b in pairs)
+
+
+def _by(rows: Iterable[Any], key: str) -> dict[str, list[Any]]:
+    groups: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        groups[getattr(row, key)].append(row)
+    return dict(groups)

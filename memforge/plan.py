@@ -1,0 +1,300 @@
+"""The plan: a spec resolved into numbers. Nothing after `make_plan` reads the spec.
+
+It has two halves. `ModelPlan` is the architecture: two equal ones and one seed give bit-equal modules. `RunPlan` is
+everything about data and training. Both are frozen, complete and JSON in and out.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import Field, ValidationError
+
+from memforge.blocks import kinds_of
+from memforge.blocks.base import DType, Init, KindPlan, KindSpec, PlanModel, constant, normal
+from memforge.errors import StorageError
+from memforge.spec.checks import selections, site_of
+from memforge.spec.schema import Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, block_at
+
+FORMAT_VERSION = 1
+
+
+def _one_of(role: Literal["mixer", "block", "pool"]) -> Any:
+    plans = tuple(kind.plan for kind in kinds_of(role))
+    return plans[0] if len(plans) == 1 else Annotated[Union[plans], Field(discriminator="kind")]  # noqa: UP007
+
+
+class ParamRow(PlanModel):
+    """One tensor storage: who owns it, who reads it, how it starts and how it learns.
+
+    `path` is the state-dict key. `active` is how many of its elements one token touches.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: DType
+    kind: str
+    owner: str
+    readers: tuple[str, ...]
+    init: Init
+    group: Literal["dense", "values"]
+    decay: bool
+    numel: int
+    active: int
+
+
+class LayerPlan(PlanModel):
+    """x = x + mixer(norm(x)), then x = x + the sum of the blocks of norm(x)."""
+
+    mixer: _one_of("mixer")  # type: ignore[valid-type]
+    blocks: tuple[_one_of("block"), ...]  # type: ignore[valid-type]
+
+
+class ModelPlan(PlanModel):
+    """The architecture, with every parameter it will have."""
+
+    dim: int
+    num_layers: int
+    vocab_size: int
+    max_seq_len: int
+    tie_embeddings: bool
+    norm_eps: float
+    layers: tuple[LayerPlan, ...]
+    pools: tuple[_one_of("pool"), ...]  # type: ignore[valid-type]
+    params: tuple[ParamRow, ...]
+
+    @property
+    def model_hash(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hex digits."""
+        return _hash(self)
+
+    def sublayers(self) -> Iterator[KindPlan]:
+        """Mixers and blocks in the order they run."""
+        for layer in self.layers:
+            yield layer.mixer
+            yield from layer.blocks
+
+
+class TrainPlan(TrainSpec):
+    """[train] with its defaults resolved against the model."""
+
+    seq_len: int
+    value_learning_rate: float
+
+
+class RunPlan(PlanModel):
+    """Data, training and evaluation."""
+
+    data: Data | None
+    train: TrainPlan | None
+    eval: EvalSpec
+
+    @property
+    def run_hash(self) -> str:
+        return _hash(self)
+
+
+class ParityPlan(PlanModel):
+    """The claim of [parity], with the whole architecture of the baseline."""
+
+    against: str
+    name: str
+    tolerance: ToleranceSpec
+    baseline: ModelPlan
+
+
+class Plan(PlanModel):
+    """A model, a run, and the claim that binds the model to a baseline."""
+
+    name: str
+    model: ModelPlan
+    run: RunPlan
+    parity: ParityPlan | None = None
+
+    def to_json(self) -> str:
+        """Text that `plan_from_json` reads back to an equal plan."""
+        record = {
+            "format_version": FORMAT_VERSION,
+            "model_hash": self.model.model_hash,
+            "run_hash": self.run.run_hash,
+            "plan": self.model_dump(mode="json", by_alias=True),
+        }
+        return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
+def plan_from_json(text: str, origin: str) -> Plan:
+    """The plan that `Plan.to_json` wrote. Raises StorageError when it is damaged or of another format."""
+    try:
+        record = json.loads(text)
+        version = record["format_version"]
+        if version != FORMAT_VERSION:
+            raise StorageError(f"{origin}: plan format {version}; this memforge reads {FORMAT_VERSION}")
+        plan = Plan.model_validate_json(json.dumps(record["plan"]))
+        recorded = (record["model_hash"], record["run_hash"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        kind = "does not hold a plan" if isinstance(error, ValidationError) else "is not valid JSON"
+        raise StorageError(f"{origin}: the file {kind}") from None
+    if recorded != (plan.model.model_hash, plan.run.run_hash):
+        raise StorageError(f"{origin}: the plan was changed after it was written (its hashes do not match)")
+    return plan
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. Raises StorageError when it is absent or damaged."""
+    try:
+        return plan_from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def make_plan(spec: Spec) -> Plan:
+    """Resolve a valid spec: layers in order, pools with their readers, one row per parameter."""
+    parity = None
+    if spec.parity is not None:
+        assert spec.baseline is not None, "load_spec resolves the baseline"
+        parity = ParityPlan(
+            against=spec.parity.against,
+            name=spec.baseline.model.name,
+            tolerance=spec.parity.tolerance,
+            baseline=make_model_plan(spec.baseline),
+        )
+    run = RunPlan(data=spec.data, train=_train_plan(spec), eval=spec.eval)
+    return Plan(name=spec.model.name, model=make_model_plan(spec), run=run, parity=parity)
+
+
+def _train_plan(spec: Spec) -> TrainPlan | None:
+    if spec.train is None:
+        return None
+    given = spec.train.model_dump()
+    given["seq_len"] = given["seq_len"] or spec.model.max_seq_len
+    if given["value_learning_rate"] is None:
+        given["value_learning_rate"] = spec.train.learning_rate
+    return TrainPlan.model_validate(given)
+
+
+def make_model_plan(spec: Spec) -> ModelPlan:
+    site = site_of(spec)
+    selected, problems = selections(spec)
+    assert not problems, "load_spec refuses layers outside the model"
+    pools: dict[str, KindPlan] = {
+        f"pool.{name}": pool.plan(site, f"pool.{name}") for name, pool in spec.pool.items()
+    }
+
+    def planned(sub_spec: KindSpec, layer_idx: int) -> KindPlan:
+        path = f"layers.{layer_idx}.{sub_spec.kind}"
+        if (own := sub_spec.own_pool()) is not None:
+            pools[f"{path}.pool"] = own.plan(site, f"{path}.pool")
+        return sub_spec.plan(site, path)
+
+    layers = []
+    for idx in range(spec.model.num_layers):
+        blocks, mixer = block_at(spec, idx, selected)
+        layers.append(LayerPlan(mixer=planned(mixer, idx), blocks=tuple(planned(b, idx) for b in blocks)))
+    return ModelPlan(
+        dim=spec.model.dim,
+        num_layers=spec.model.num_layers,
+        vocab_size=spec.model.vocab_size,
+        max_seq_len=spec.model.max_seq_len,
+        tie_embeddings=spec.model.tie_embeddings,
+        norm_eps=spec.model.norm_eps,
+        layers=tuple(layers),
+        pools=tuple(pools.values()),
+        params=tuple(_param_rows(spec, layers, pools)),
+    )
+
+
+def _param_rows(spec: Spec, layers: list[LayerPlan], pools: dict[str, KindPlan]) -> Iterator[ParamRow]:
+    """Rows in the order the modules hold them: embedding, shared pools, layers, final norm, head."""
+    dim, vocab, tied = spec.model.dim, spec.model.vocab_size, spec.model.tie_embeddings
+    readers: dict[str, list[KindPlan]] = {path: [] for path in pools}
+    for layer in layers:
+        for reader in (layer.mixer, *layer.blocks):
+            if (path := reader.pool_path()) is not None:
+                readers[path].append(reader)
+
+    embedding_readers = ("embedding", "head") if tied else ("embedding",)
+    active = vocab * dim if tied else dim
+    yield _row("embedding.weight", (vocab, dim), "embedding", embedding_readers, normal(dim**-0.5), active)
+    for path, pool in pools.items():
+        if path.startswith("pool."):
+            yield from _pool_rows(pool, readers[path])
+    for idx, layer in enumerate(layers):
+        yield _row(f"layers.{idx}.mixer_norm.weight", (dim,), "norm", (f"layers.{idx}",), constant(1.0), decay=False)
+        yield from _block_rows(layer.mixer)
+        yield _row(f"layers.{idx}.block_norm.weight", (dim,), "norm", (f"layers.{idx}",), constant(1.0), decay=False)
+        for block in layer.blocks:
+            yield from _block_rows(block)
+            if (own := block.pool_path()) is not None and own.startswith(block.path):
+                yield from _pool_rows(pools[own], readers[own])
+    yield _row("norm.weight", (dim,), "norm", ("norm",), constant(1.0), decay=False)
+    if not tied:
+        yield _row("head.weight", (vocab, dim), "head", ("head",), normal(dim**-0.5))
+
+
+def _row(
+    path: str,
+    shape: tuple[int, ...],
+    kind: str,
+    readers: tuple[str, ...],
+    init: Init,
+    active: int | None = None,
+    *,
+    decay: bool = True,
+) -> ParamRow:
+    numel = shape[0] * (shape[1] if len(shape) > 1 else 1)
+    return ParamRow(
+        path=path,
+        shape=shape,
+        dtype="float32",
+        kind=kind,
+        owner=path.rpartition(".")[0],
+        readers=readers,
+        init=init,
+        group="dense",
+        decay=decay,
+        numel=numel,
+        active=numel if active is None else active,
+    )
+
+
+def _block_rows(block: KindPlan) -> Iterator[ParamRow]:
+    for p in block.params():
+        yield ParamRow(
+            path=f"{block.path}.{p.name}",
+            shape=p.shape,
+            dtype=p.dtype,
+            kind=block.kind,
+            owner=block.path,
+            readers=(block.path,),
+            init=p.init,
+            group=p.group,
+            decay=p.decay,
+            numel=p.numel,
+            active=p.numel if p.active is None else min(p.active, p.numel),
+        )
+
+
+def _pool_rows(pool: KindPlan, readers: list[KindPlan]) -> Iterator[ParamRow]:
+    rows_per_token = sum(reader.pool_rows_per_token() for reader in readers)
+    for p in pool.params():
+        width = p.numel // p.shape[0]
+        yield ParamRow(
+            path=f"{pool.path}.{p.name}",
+            shape=p.shape,
+            dtype=p.dtype,
+            kind=readers[0].kind if readers else pool.kind,
+            owner=pool.path,
+            readers=tuple(reader.path for reader in readers),
+            init=p.init,
+            group=p.group,
+            decay=p.decay,
+            numel=p.numel,
+            active=min(rows_per_token * width, p.numel),
+        )
+
+
+def _hash(record: PlanModel) -> str:
+    text = json.dumps(record.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

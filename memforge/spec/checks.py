@@ -1,0 +1,130 @@
+"""Combinations that no single key rules out: placement, pools and their readers, training against the model."""
+
+from collections.abc import Iterator
+
+from memforge.blocks.base import KindSpec, Site
+from memforge.errors import KeyPath, Problem
+from memforge.spec.placement import select_layers
+from memforge.spec.schema import PlaceRule, Spec, block_at
+
+# Public attributes of torch.nn.Module; a pool becomes an attribute of one. A test compares this with torch.
+RESERVED_POOL_NAMES = frozenset(
+    """T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches
+    eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu load_state_dict
+    modules mtia named_buffers named_children named_modules named_parameters parameters register_backward_hook
+    register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook
+    register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
+    set_extra_state set_submodule share_memory state_dict to to_empty train training type xpu zero_grad""".split()
+)
+
+# A byte-level BPE has one token for each byte and one that separates documents.
+MIN_BPE_VOCAB = 257
+
+
+def site_of(spec: Spec) -> Site:
+    return Site(spec.model.dim, spec.model.num_layers, spec.model.max_seq_len, spec.pool)
+
+
+def check(spec: Spec) -> Iterator[Problem]:
+    """Every impossible combination in a spec whose keys are valid one by one."""
+    site = site_of(spec)
+    yield from _under(("attention",), spec.attention, site)
+    if spec.ffn is not None:
+        yield from _under(("ffn",), spec.ffn, site)
+    for name, pool in spec.pool.items():
+        if name in RESERVED_POOL_NAMES or "." in name:
+            yield Problem(("pool", name), f"a pool cannot be named `{name}`", "choose another name", at_key=True)
+        yield from _under(("pool", name), pool, site)
+    selected, problems = selections(spec)
+    yield from problems
+    for i, rule in enumerate(spec.place):
+        yield from _check_rule(i, rule, site)
+    if not problems:
+        yield from _check_layers(spec, selected)
+    yield from _check_training(spec)
+
+
+def selections(spec: Spec) -> tuple[list[tuple[int, ...]], list[Problem]]:
+    """The layers of each rule, and a problem for each rule that selects none that exist."""
+    selected: list[tuple[int, ...]] = []
+    problems = []
+    for i, rule in enumerate(spec.place):
+        try:
+            selected.append(select_layers(rule.layers, spec.model.num_layers))
+        except ValueError as error:
+            selected.append(())
+            key: KeyPath = ("place", i, "layers")
+            if isinstance(rule.layers, list):
+                outside = [j for j, idx in enumerate(rule.layers) if idx >= spec.model.num_layers]
+                key = (*key, outside[0]) if outside else key
+            related: tuple[tuple[KeyPath, str], ...] = ((("model", "num_layers"), "num_layers is set here"),)
+            problems.append(Problem(key, str(error), related=related if "outside" in str(error) else ()))
+    return selected, problems
+
+
+def _under(prefix: KeyPath, block: KindSpec, site: Site) -> Iterator[Problem]:
+    for p in block.check(site):
+        yield Problem((*prefix, *p.key), p.message, p.help, p.related, p.at_key)
+
+
+def _check_rule(i: int, rule: PlaceRule, site: Site) -> Iterator[Problem]:
+    if rule.block is None and rule.mixer is None:
+        yield Problem(("place", i), "a [[place]] rule sets `block`, `mixer`, or both", at_key=True)
+    if rule.mode == "add" and rule.block is None:
+        yield Problem(("place", i, "mode"), 'mode = "add" needs a `block` to add')
+    if rule.block is not None:
+        yield from _under(("place", i, "block"), rule.block, site)
+    if rule.mixer is not None:
+        yield from _under(("place", i, "mixer"), rule.mixer, site)
+
+
+def _check_layers(spec: Spec, selected: list[tuple[int, ...]]) -> Iterator[Problem]:
+    bare, doubled, read = [], set(), set()
+    for idx in range(spec.model.num_layers):
+        blocks, mixer = block_at(spec, idx, selected)
+        kinds = [block.kind for block in blocks]
+        if not blocks or (len(blocks) == 1 and _is_added(spec, idx, selected)):
+            bare.append(idx)
+        elif len(kinds) > len(set(kinds)):
+            doubled.add(kinds[0])
+        read |= {getattr(block, "pool", None) for block in (*blocks, mixer)}
+    if bare:
+        listed = f"layer {bare[0]}" if len(bare) == 1 else f"{len(bare)} layers, the first of them layer {bare[0]}"
+        yield Problem(("ffn",), f"no block for {listed}", "write an [ffn] table or a [[place]] rule for them")
+    for kind in sorted(doubled):
+        rule = next(i for i, r in enumerate(spec.place) if r.mode == "add" and r.block and r.block.kind == kind)
+        yield Problem(("place", rule, "block", "kind"), f"adds a second `{kind}` to a layer that has one")
+    for name in spec.pool:
+        if name not in read:
+            yield Problem(("pool", name), f"no block reads the pool `{name}`", "remove it or name it in a block",
+                          at_key=True)
+
+
+def _is_added(spec: Spec, idx: int, selected: list[tuple[int, ...]]) -> bool:
+    rules = [r for r, layers in zip(spec.place, selected, strict=True) if idx in layers and r.block is not None]
+    return spec.ffn is None and all(rule.mode == "add" for rule in rules)
+
+
+def _check_training(spec: Spec) -> Iterator[Problem]:
+    if spec.data is not None and spec.model.vocab_size < MIN_BPE_VOCAB:
+        yield Problem(
+            ("model", "vocab_size"),
+            f"vocab_size = {spec.model.vocab_size} is less than the {MIN_BPE_VOCAB} of a byte-level tokenizer",
+        )
+    if spec.train is None:
+        return
+    if spec.train.seq_len is not None and spec.train.seq_len > spec.model.max_seq_len:
+        yield Problem(
+            ("train", "seq_len"),
+            f"seq_len = {spec.train.seq_len} is more than model.max_seq_len = {spec.model.max_seq_len}",
+            related=((("model", "max_seq_len"), "max_seq_len is set here"),),
+        )
+    if spec.train.warmup_steps > spec.train.steps:
+        yield Problem(
+            ("train", "warmup_steps"),
+            f"warmup_steps = {spec.train.warmup_steps} is more than steps = {spec.train.steps}",
+            related=((("train", "steps"), "steps is set here"),),
+        )
+
+

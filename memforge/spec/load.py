@@ -1,0 +1,148 @@
+"""From a path to one merged document: `extends` chains and `--set` options, with the origin of every key."""
+
+import copy
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from memforge.errors import KeyPath, UsageError, printable
+from memforge.spec.document import Document, Source, parse, read_source
+
+MAX_EXTENDS = 8
+SET_SOURCE = "--set"
+
+
+def read_document(path: Path, spec_root: Path, shown: str, chain: tuple[Path, ...] = ()) -> Document:
+    """The document at `path` laid over the one it `extends`.
+
+    Raises SpecError for cycles, chains longer than MAX_EXTENDS and paths outside `spec_root`.
+    """
+    document = parse(read_source(path, shown))
+    if "extends" not in document.values:
+        return document
+    base_path, base_shown = resolve_inside(document, ("extends",), spec_root)
+    here = path.resolve()
+    if base_path in (*chain, here):
+        raise document.fail(("extends",), "extends itself, directly or through other files")
+    if len(chain) + 1 >= MAX_EXTENDS:
+        raise document.fail(("extends",), f"more than {MAX_EXTENDS} files extend each other")
+    base = read_document(base_path, spec_root, base_shown, (*chain, here))
+    del document.values["extends"]
+    return overlay(base, document)
+
+
+def resolve_inside(document: Document, key: KeyPath, spec_root: Path) -> tuple[Path, str]:
+    """The spec file that the string at `key` names, and how to show it.
+
+    The path is relative to the file the key stands in (for `--set`, to the file named on the command line) and
+    must stay inside `spec_root` after links are resolved. Raises SpecError otherwise.
+    """
+    value = value_at(document.values, key)
+    if not isinstance(value, str) or not value:
+        raise document.fail(key, f"expected the path of a spec, got {shown_value(value)}")
+    if Path(value).is_absolute() or "://" in value or "\0" in value:
+        raise document.fail(key, "must be a relative path to a file beside this spec")
+    origin = document.spans[key].source
+    if origin.path is None:
+        origin = document.source
+    assert origin.path is not None
+    target = (origin.path.parent / value).resolve()
+    if not target.is_relative_to(spec_root.resolve()):
+        raise document.fail(
+            key,
+            f"leads outside the spec root {printable(os.path.relpath(spec_root))}",
+            "pass --spec-root DIR with a directory that holds both files",
+        )
+    if not target.is_file():
+        raise document.fail(key, f"no such file: {printable(value)}")
+    return target, os.path.normpath(str(Path(origin.name).parent / value))
+
+
+def overlay(base: Document, top: Document) -> Document:
+    """`top` over `base`: tables merge key by key; arrays, inline tables and scalars are replaced whole."""
+    merged = Document(top.source, copy.deepcopy(base.values), dict(base.spans), set(base.inline))
+    _merge(merged, top, ())
+    return merged
+
+
+def _merge(merged: Document, top: Document, path: KeyPath) -> None:
+    table, over = value_at(merged.values, path), value_at(top.values, path)
+    for key, value in over.items():
+        here = (*path, key)
+        both = isinstance(value, dict) and isinstance(table.get(key), dict)
+        if both and here not in top.inline and here not in merged.inline:
+            if here in top.spans:
+                merged.spans[here] = top.spans[here]
+            _merge(merged, top, here)
+        else:
+            merged.replace(here, copy.deepcopy(value), top, here)
+
+
+def apply_overrides(document: Document, assignments: Sequence[str]) -> None:
+    """Apply `a.b=value` assignments in place. The value is TOML; a bare word is a string.
+
+    Raises UsageError when an assignment has no `=`, SpecError when its path leads nowhere.
+    """
+    lines = [_as_toml(text) for text in assignments]
+    source = Source(SET_SOURCE, "\n".join(lines))
+    for row, line in enumerate(lines):
+        padded = Source(SET_SOURCE, "\n" * row + line)
+        one = parse(padded)
+        for path in _leaf_paths(one, ()):
+            _assign(document, path, one, source)
+
+
+def _as_toml(assignment: str) -> str:
+    key, equals, value = assignment.partition("=")
+    if not equals or not key.strip() or "\n" in assignment:
+        raise UsageError(f"--set {printable(assignment)}: expected KEY=VALUE, for example train.steps=100")
+    value = value.strip()
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value not in ("true", "false", "inf", "nan"):
+        value = f'"{value}"'
+    # A list index such as place.0.block is a bare key in TOML too, so no second grammar is needed.
+    return f"{key.strip()} = {value}"
+
+
+def _leaf_paths(document: Document, path: KeyPath) -> list[KeyPath]:
+    value = value_at(document.values, path)
+    if isinstance(value, dict) and path not in document.inline:
+        return [leaf for key in value for leaf in _leaf_paths(document, (*path, key))]
+    return [path]
+
+
+def _assign(document: Document, path: KeyPath, one: Document, source: Source) -> None:
+    target: Any = document.values
+    real: KeyPath = ()
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(target, list):
+            index = int(part) if str(part).isdecimal() else -1
+            if not 0 <= index < len(target):
+                raise one.fail(path, f"{'.'.join(map(str, path[:depth]))} has {len(target)} items; "
+                                          f"{printable(str(part))} is not the index of one")
+            part = index
+        elif isinstance(target, dict):
+            if not last:
+                target.setdefault(part, {})
+        else:
+            raise one.fail(path, f"{'.'.join(map(str, path[:depth]))} is a value, not a table")
+        real = (*real, part)
+        if not last:
+            target = target[part]
+    document.replace(real, value_at(one.values, path), one, path)
+    for p, span in list(document.spans.items()):
+        if p[: len(real)] == real:
+            document.spans[p] = type(span)(source, span.key, span.value)
+
+
+def value_at(values: Any, path: KeyPath) -> Any:
+    for part in path:
+        values = values[part]
+    return values
+
+
+def shown_value(value: object) -> str:
+    text = printable(repr(value))
+    return text if len(text) <= 40 else text[:37] + "..."

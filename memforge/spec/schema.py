@@ -1,0 +1,166 @@
+"""The grammar of a spec, table by table. The JSON schema and every error message are derived from it."""
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import Field
+
+from memforge.blocks import kinds_of
+from memforge.blocks.attention.spec import AttentionSpec
+from memforge.blocks.base import Count, KindSpec, SpecModel
+from memforge.blocks.ffn.spec import FfnSpec
+from memforge.spec.placement import LayerSelector
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def _one_of(role: Literal["mixer", "block"]) -> Any:
+    specs = tuple(kind.spec for kind in kinds_of(role))
+    return specs[0] if len(specs) == 1 else Annotated[Union[specs], Field(discriminator="kind")]  # noqa: UP007
+
+
+def _pool() -> Any:
+    # `kind` may be left out of a pool; it then holds values.
+    specs = tuple(kind.spec for kind in kinds_of("pool"))
+    return specs[0] if len(specs) == 1 else Annotated[Union[specs], Field(discriminator="kind")]  # noqa: UP007
+
+
+Block: Any = _one_of("block")
+Mixer: Any = _one_of("mixer")
+Pool: Any = _pool()
+
+
+class ModelSpec(SpecModel):
+    """The frame that every layer shares."""
+
+    name: Annotated[str, Field(pattern=NAME)] = Field(description="names directories and report columns")
+    dim: Annotated[int, Field(ge=1, le=2**17)] = Field(description="model width")
+    num_layers: Annotated[int, Field(ge=1, le=1024)] = Field(description="decoder layers")
+    vocab_size: Annotated[int, Field(ge=2, le=2**22)] = Field(description="rows of the embedding")
+    max_seq_len: Annotated[int, Field(ge=1, le=2**24)] = Field(description="longest sequence, in tokens")
+    tie_embeddings: bool = Field(False, description="the output head is the embedding")
+    norm_eps: Annotated[float, Field(gt=0, le=1)] = Field(1e-5, description="added to mean squares in RMSNorm")
+
+
+class PlaceRule(SpecModel):
+    """Puts a block, a mixer, or both into the selected layers; the last rule that sets each wins."""
+
+    layers: LayerSelector = Field(
+        description='"all", "middle", [4, 12], { centered = 3, stride = 8 } or { every = 4, from = 2 }'
+    )
+    block: Block | None = Field(None, description="what takes the place of the feed-forward network")
+    mixer: Mixer | None = Field(None, description="what mixes the tokens")
+    mode: Literal["replace", "add"] = Field("replace", description="add: beside the block in force, not instead")
+
+
+Tolerance = Annotated[float, Field(ge=0, le=100)]
+
+
+class ToleranceSpec(SpecModel):
+    """Largest |ratio - 1| on each axis; axes without a number are shown, not judged."""
+
+    params: Tolerance | None = None
+    active_params: Tolerance | None = None
+    flops: Tolerance | None = None
+    bytes: Tolerance | None = None
+
+
+class ParitySpec(SpecModel):
+    """The claim that this model matches another one."""
+
+    against: str = Field(min_length=1, max_length=4096, description="a spec, relative to this file")
+    tolerance: ToleranceSpec = Field(ToleranceSpec(flops=0.05), description="e.g. { flops = 0.05 }")
+
+
+class FactsSpec(SpecModel):
+    """Facts in several phrasings: each is trained in some of them and tested in the others."""
+
+    kind: Literal["facts"]
+    source: Literal["airports"] = Field("airports", description="airport -> city (13,166 facts)")
+    num_facts: Annotated[int, Field(ge=2, le=10_000_000)] = Field(description="facts drawn from the source")
+    num_held_out: Annotated[int, Field(ge=1, le=7)] = Field(2, description="of the 8 phrasings, held out per fact")
+
+
+class TextSpec(SpecModel):
+    """The user's own text."""
+
+    kind: Literal["text"]
+    path: str = Field(min_length=1, max_length=4096, description="a .txt or .jsonl file, or a folder of them")
+    field: str = Field("text", description="the key of the text in each line of a .jsonl file")
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.02, description="share of documents kept for eval")
+
+
+Data = Annotated[FactsSpec | TextSpec, Field(discriminator="kind")]
+Rate = Annotated[float, Field(ge=0, le=10)]
+
+
+class TrainSpec(SpecModel):
+    """How the model is trained."""
+
+    steps: Annotated[int, Field(ge=1, le=10**9)] = Field(description="optimizer steps")
+    batch_size: Count = Field(description="sequences per step")
+    seq_len: Annotated[int, Field(ge=1, le=2**24)] | None = Field(
+        None, description="tokens per sequence; model.max_seq_len when absent"
+    )
+    learning_rate: Rate = Field(description="peak rate")
+    value_learning_rate: Rate | None = Field(None, description="peak rate of value pools; learning_rate if absent")
+    weight_decay: Rate = Field(0.1, description="AdamW decay of matrices; never of norms, biases and values")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.95], description="AdamW moment decay"
+    )
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="AdamW epsilon")
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(0, description="linear warm-up from zero")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="shape after the warm-up")
+    final_rate: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="last rate as a share of the peak")
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(1.0, description="largest gradient norm")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of initialisation and data order")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile; auto: where there is a C++ compiler and the run is long enough"
+    )
+    log_every: Count = Field(10, description="steps between rows of metrics.jsonl")
+
+
+class EvalSpec(SpecModel):
+    """What is measured on held-out data."""
+
+    every_steps: Annotated[int, Field(ge=1, le=10**9)] | None = Field(
+        None, description="evaluate during training; only at the end when absent"
+    )
+    max_prompts: Annotated[int, Field(ge=1, le=10**8)] = Field(4096, description="held-out prompts or windows")
+
+
+class Spec(SpecModel):
+    """A whole spec file."""
+
+    model: ModelSpec
+    attention: AttentionSpec
+    ffn: FfnSpec | None = None
+    pool: dict[Annotated[str, Field(pattern=NAME)], Pool] = {}
+    place: list[PlaceRule] = []
+    parity: ParitySpec | None = None
+    data: Data | None = None
+    train: TrainSpec | None = None
+    eval: EvalSpec = EvalSpec()
+
+    _baseline: "Spec | None" = None
+    _document: Any = None
+
+    @property
+    def baseline(self) -> "Spec | None":
+        """The spec that [parity] names, loaded with this one."""
+        return self._baseline
+
+
+def block_at(spec: Spec, layer_idx: int, selected: list[tuple[int, ...]]) -> tuple[list[KindSpec], KindSpec]:
+    """The blocks and the mixer of a layer after all rules; `selected[i]` are the layers of rule i."""
+    base: KindSpec | None = spec.ffn
+    added: KindSpec | None = None
+    mixer: KindSpec = spec.attention
+    for rule, layers in zip(spec.place, selected, strict=True):
+        if layer_idx not in layers:
+            continue
+        mixer = rule.mixer or mixer
+        if rule.block is not None and rule.mode == "add":
+            added = rule.block
+        elif rule.block is not None:
+            base = rule.block
+    return [block for block in (base, added) if block is not None], mixer

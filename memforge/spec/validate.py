@@ -1,0 +1,167 @@
+"""load_spec: everything that is wrong with a spec, at once, or a valid `Spec`."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from memforge.errors import Diagnostic, KeyPath, Problem, SpecError, printable
+from memforge.spec.checks import check
+from memforge.spec.document import Document
+from memforge.spec.explain import data_path, problems_of
+from memforge.spec.load import apply_overrides, read_document, resolve_inside
+from memforge.spec.schema import Spec
+
+
+def load_spec(
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    spec_root: str | Path | None = None,
+    data_root: str | Path | None = None,
+    require_data: bool = False,
+) -> Spec:
+    """The spec at `path` with its `extends` chain, `overrides` ("a.b=value") and parity baseline resolved.
+
+    `spec_root` bounds what `extends` and `against` may name; it is the directory of `path` unless given. With
+    `require_data` the data path must exist too, under `data_root` (by default the spec root).
+
+    Raises SpecError with every problem found, each at its file, line and column; UsageError for a malformed override.
+    """
+    path = Path(path)
+    root = Path(spec_root) if spec_root is not None else path.parent
+    document = read_document(path, root, str(path))
+    apply_overrides(document, overrides)
+    spec, problems = _validate(document.values)
+    diagnostics = [_locate(problem, document) for problem in problems]
+    baseline = None
+    if isinstance(against := _get(document.values, ("parity", "against")), str) and against:
+        try:
+            baseline = _load_baseline(document, root)
+        except SpecError as error:
+            diagnostics += error.diagnostics
+    if require_data and spec is not None:
+        diagnostics += [_locate(p, document) for p in _check_data(spec, Path(data_root or root))]
+    if diagnostics:
+        raise SpecError(diagnostics)
+    assert spec is not None
+    spec._baseline, spec._document = baseline, document
+    return spec
+
+
+def _load_baseline(document: Document, root: Path) -> Spec:
+    """The baseline as it stands in its own file. Its own claim is not followed, so claims cannot form a cycle."""
+    path, shown = resolve_inside(document, ("parity", "against"), root)
+    other = read_document(path, root, shown)
+    other.values.pop("parity", None)
+    spec, problems = _validate(other.values)
+    if problems:
+        raise SpecError(_locate(problem, other) for problem in problems)
+    assert spec is not None
+    return spec
+
+
+def _check_data(spec: Spec, data_root: Path) -> Iterator[Problem]:
+    name = getattr(spec.data, "path", None)
+    if name is None:
+        return
+    if Path(name).is_absolute() or "\0" in name or "://" in name:
+        yield Problem(("data", "path"), "must be a relative path", "pass --data-root DIR to read data elsewhere")
+        return
+    target = (data_root / name).resolve()
+    if not target.is_relative_to(data_root.resolve()):
+        yield Problem(("data", "path"), "leads outside the data root", "pass --data-root DIR to read data elsewhere")
+    elif not (target.is_file() or target.is_dir()):
+        yield Problem(("data", "path"), f"no such file or directory: {printable(name)}")
+
+
+def _locate(problem: Problem, document: Document) -> Diagnostic:
+    return Diagnostic(
+        problem.message,
+        document.position(problem.key, at_key=problem.at_key),
+        problem.key,
+        problem.help,
+        tuple((document.position(key), label) for key, label in problem.related),
+    )
+
+
+def _validate(values: dict[str, Any]) -> tuple[Spec | None, list[Problem]]:
+    """All problems of `values`; the combinations are checked on as much of it as is valid by itself."""
+    try:
+        spec = Spec.model_validate(values)
+    except ValidationError as error:
+        problems = problems_of(error, values, Spec)
+        partial, kept_rules, cut = _valid_part(values, error)
+        if partial is not None:
+            found = (replace(p, key=_restored(p.key, kept_rules)) for p in check(partial))
+            problems += [p for p in found if not _is_consequence(p, cut, values)]
+        return None, problems
+    problems = list(check(spec))
+    return spec, problems
+
+
+def _valid_part(
+    values: dict[str, Any], error: ValidationError
+) -> tuple[Spec | None, list[int], list[KeyPath]]:
+    """The largest part found by dropping offending keys, the rules it kept, and the keys dropped beside unknown ones."""
+    values = copy.deepcopy(values)
+    trial, kept = values, list(range(len(values["place"]) if isinstance(values.get("place"), list) else 0))
+    cut: list[KeyPath] = []
+    while True:
+        paths = set()
+        for item in error.errors(include_url=False):
+            path = data_path(item, trial)
+            path = _restored(path[:-1] if item["type"] == "missing" else path, kept)
+            if not path:
+                return None, [], cut
+            cut += [] if item["type"] == "extra_forbidden" else [path]
+            paths.add(path)
+        for path in sorted(paths, key=len, reverse=True):
+            _drop(values, path)
+        trial = dict(values)
+        if isinstance(rules := values.get("place"), list):
+            kept = [i for i, rule in enumerate(rules) if rule is not None]
+            trial["place"] = [rules[i] for i in kept]
+        try:
+            return Spec.model_validate(trial), kept, cut
+        except ValidationError as again:
+            error = again
+
+
+def _drop(values: Any, path: KeyPath) -> None:
+    parent = _get(values, path[:-1])
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
+    elif isinstance(parent, list) and path[:-1] == ("place",) and isinstance(path[-1], int):
+        parent[path[-1]] = None
+    elif isinstance(parent, list):
+        _drop(values, path[:-1])
+
+
+def _get(values: Any, path: KeyPath) -> Any:
+    for part in path:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return values
+
+
+def _restored(path: KeyPath, kept: list[int]) -> KeyPath:
+    """The path in the whole spec of a path in the part of it that kept only some rules."""
+    if path[:1] != ("place",) or len(path) < 2:
+        return path
+    return ("place", kept[int(path[1])], *path[2:])
+
+
+def _is_consequence(problem: Problem, cut: list[KeyPath], values: dict[str, Any]) -> bool:
+    """Whether the problem may only be there because something beside it was dropped."""
+    tables = {path[:-1] for path in cut if len(path) > 1 and path[:-1] not in (("place",), ("pool",))}
+    if any(problem.key[: len(table)] == table for table in tables):
+        return True
+    if problem.key[-1] == "pool":
+        return _get(values, problem.key) in (_get(values, ("pool",)) or {})
+    return any(path[0] in ("place", "ffn") for path in cut) and problem.key[0] in ("ffn", "pool")
