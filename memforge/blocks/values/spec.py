@@ -6,9 +6,9 @@ from pydantic import Field
 
 from memforge.blocks.base import Dim, DType, Kind, KindPlan, KindSpec, OpCost, Param, Site, normal
 
-# slots = num_sub_keys ** 2 must be addressable as an int64 with room for a row width of 2**17: 2**17 squared is
-# 2**34 slots, 2**51 elements.
-SubKeys = Annotated[int, Field(ge=1, le=2**17)]
+# At most 2**32 slots, so that a slot and an fp32 score share one 64-bit sorting key (memforge_kernels.topk); with the
+# widest row, 2**17, element offsets stay below 2**49.
+SubKeys = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class ValuesSpec(KindSpec):

@@ -1,0 +1,71 @@
+"""grouped_linear: one matrix per group of rows, as one op; the experts of a mixture."""
+
+import torch
+from torch import Tensor
+
+
+def grouped_linear(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Rows offsets[i-1]..offsets[i] of x times weights[i]; groups may be empty.
+
+    Shape: x [n, a], weights [e, a, b], offsets [e] int64, ascending, the last is n -> [n, b].
+    Cost: 2*n*a*b FLOPs, no padding; the backward costs twice that.
+    Raises: ValueError for shapes that do not fit, or when the last offset is not n.
+    """
+    if x.dim() != 2 or weights.dim() != 3 or x.shape[1] != weights.shape[1] or offsets.shape != weights.shape[:1]:
+        raise ValueError(
+            f"grouped_linear needs x [n, a], weights [e, a, b], offsets [e]; got {list(x.shape)}, "
+            f"{list(weights.shape)}, {list(offsets.shape)}"
+        )
+    return torch.ops.memforge.grouped_linear(x, weights, offsets)
+
+
+def _groups(offsets: Tensor, n: int) -> list[tuple[int, int]]:
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    if ends[-1] != n or any(i > j for i, j in zip(starts, ends, strict=True)):
+        raise ValueError(f"offsets must ascend to the number of rows, {n}; got {ends}")
+    return list(zip(starts, ends, strict=True))
+
+
+@torch.library.custom_op("memforge::grouped_linear", mutates_args=())
+def _forward(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[0], weights.shape[2])
+    for expert, (i, j) in enumerate(_groups(offsets, x.shape[0])):
+        torch.mm(x[i:j], weights[expert], out=out[i:j])
+    return out
+
+
+@_forward.register_fake
+def _(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weights.shape[2])
+
+
+@torch.library.custom_op("memforge::grouped_linear_weight_grad", mutates_args=())
+def weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """x^T grad of each group: x [n, a], grad [n, b], offsets [e] -> [e, a, b]."""
+    out = x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
+    for expert, (i, j) in enumerate(_groups(offsets, x.shape[0])):
+        torch.mm(x[i:j].T, grad[i:j], out=out[expert])
+    return out
+
+
+@weight_grad.register_fake
+def _(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x, weights, offsets = ctx.saved_tensors
+    d_x = d_weights = None
+    if ctx.needs_input_grad[0]:
+        d_x = torch.ops.memforge.grouped_linear(grad, weights.transpose(1, 2), offsets)
+    if ctx.needs_input_grad[1]:
+        d_weights = torch.ops.memforge.grouped_linear_weight_grad(x, grad, offsets)
+    return d_x, d_weights, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,109 @@
+"""weighted_gather: a bag of value rows per token, summed by weight; the memory layer's read."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows gathered at a time where the stored dtype is not the dtype of the sum: 2**22 elements, 16 MiB in fp32.
+CHUNK_ELEMENTS = 2**22
+
+
+def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the rows each bag names; one bag may name a row twice.
+
+    Shape: values [m, v], slots [n, k] int64, weights [n, k] -> [n, v] in the dtype of weights.
+    Cost: 2*n*k*v FLOPs, n*k rows read; the backward costs twice that and writes a dense [m, v] gradient, summed
+    in the order of the tokens, without atomics.
+    Raises: ValueError for shapes or dtypes that do not fit; IndexError for a slot outside 0..m-1.
+    """
+    if values.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape:
+        raise ValueError(
+            f"weighted_gather needs values [m, v] and slots, weights [n, k]; got values {list(values.shape)}, "
+            f"slots {list(slots.shape)}, weights {list(weights.shape)}"
+        )
+    if slots.dtype != torch.int64:
+        raise ValueError(f"weighted_gather needs int64 slots, got {slots.dtype}")
+    return torch.ops.memforge.weighted_gather(values, slots, weights)
+
+
+@torch.library.custom_op("memforge::weighted_gather", mutates_args=())
+def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    if values.dtype == weights.dtype:
+        return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights)
+    rows = max(1, CHUNK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
+    parts = [
+        torch.einsum("nk,nkv->nv", w, values[s].to(w.dtype))
+        for s, w in zip(slots.split(rows), weights.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@_forward.register_fake
+def _(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    return weights.new_empty(slots.shape[0], values.shape[1])
+
+
+@torch.library.custom_op("memforge::weighted_gather_weight_grad", mutates_args=())
+def weight_grad(grad: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """Dot of each bag's gradient with each of its rows: grad [n, v], values [m, v], slots [n, k] -> [n, k]."""
+    n, k = slots.shape
+    if values.dtype == grad.dtype and n * k:
+        bag = torch.arange(n, device=slots.device)
+        flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad.contiguous(), values, slots.reshape(-1), bag * k, bag.repeat_interleave(k), 0
+        )
+        return flat.view(n, k)
+    rows = max(1, CHUNK_ELEMENTS // max(1, k * values.shape[1]))
+    parts = [
+        torch.einsum("nv,nkv->nk", g, values[s].to(g.dtype))
+        for g, s in zip(grad.split(rows), slots.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+@weight_grad.register_fake
+def _(grad: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    return grad.new_empty(slots.shape)
+
+
+@torch.library.custom_op("memforge::weighted_gather_value_grad", mutates_args=())
+def value_grad(grad: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
+    """Gradient of the rows: grad [n, v], slots and weights [n, k] -> [num_slots, v], in the dtype of grad.
+
+    It is itself a bag: row `slot` sums the gradients of the tokens that read it. A stable sort by slot fixes the
+    order of each sum, so the result is the same bit for bit from run to run.
+    """
+    n, k = slots.shape
+    out = grad.new_zeros(num_slots, grad.shape[1])
+    if n * k == 0:
+        return out
+    by_slot, order = slots.reshape(-1).sort(stable=True)
+    touched, counts = torch.unique_consecutive(by_slot, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    out[touched] = F.embedding_bag(
+        order // k, grad, starts, mode="sum", per_sample_weights=weights.reshape(-1)[order].to(grad.dtype)
+    )
+    return out
+
+
+@value_grad.register_fake
+def _(grad: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
+    return grad.new_empty(num_slots, grad.shape[1])
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    values, slots, weights = ctx.saved_tensors
+    d_values = d_weights = None
+    if ctx.needs_input_grad[0]:
+        d_values = torch.ops.memforge.weighted_gather_value_grad(grad, slots, weights, values.shape[0])
+        d_values = d_values.to(values.dtype)
+    if ctx.needs_input_grad[2]:
+        d_weights = torch.ops.memforge.weighted_gather_weight_grad(grad, values, slots)
+    return d_values, None, d_weights
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,65 @@
+"""The decoder: embedding, layers of mixer and blocks, norm, head."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memforge.blocks import load_module, registry
+from memforge.blocks.base import KindPlan
+from memforge.plan import LayerPlan, ModelPlan
+
+
+class Decoder(nn.Module):
+    """Next-token logits, and the auxiliary losses of the blocks summed by name.
+
+    Shape: tokens [b, t] int64 -> logits [b, t, c], dict of scalars (empty in eval mode).
+    """
+
+    def __init__(self, plan: ModelPlan) -> None:
+        super().__init__()
+        self.max_seq_len = plan.max_seq_len
+        pools = {pool.path: _build(pool) for pool in plan.pools}
+        shared = {path.removeprefix("pool."): m for path, m in pools.items() if path.startswith("pool.")}
+        self.embedding = nn.Embedding(plan.vocab_size, plan.dim)
+        self.pool = nn.ModuleDict(shared)
+        self.layers = nn.ModuleList(Layer(layer, plan, pools) for layer in plan.layers)
+        self.norm = nn.RMSNorm(plan.dim, eps=plan.norm_eps)
+        self.head = None if plan.tie_embeddings else nn.Linear(plan.dim, plan.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.embedding(tokens)
+        totals: dict[str, Tensor] = {}
+        for layer in self.layers:
+            x, losses = layer(x, self.pool)
+            totals = _summed(totals, losses)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(x), weight), totals
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + the sum of the blocks of norm(x). A part's attribute is the name of its kind."""
+
+    def __init__(self, layer: LayerPlan, plan: ModelPlan, pools: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.mixer_kind = layer.mixer.kind
+        self.block_kinds = tuple(block.kind for block in layer.blocks)
+        self.mixer_norm = nn.RMSNorm(plan.dim, eps=plan.norm_eps)
+        self.add_module(self.mixer_kind, _build(layer.mixer, plan.norm_eps))
+        self.block_norm = nn.RMSNorm(plan.dim, eps=plan.norm_eps)
+        for block in layer.blocks:
+            self.add_module(block.kind, _build(block, plan.norm_eps, pools.get(f"{block.path}.pool")))
+
+    def forward(self, x: Tensor, pools: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
+        x = x + getattr(self, self.mixer_kind)(self.mixer_norm(x))
+        normed, totals = self.block_norm(x), {}
+        for kind in self.block_kinds:
+            y, losses = getattr(self, kind)(normed, pools)
+            x, totals = x + y, _summed(totals, losses)
+        return x, totals
+
+
+def _build(plan: KindPlan, *args: object) -> nn.Module:
+    return load_module(registry()[plan.kind])(plan, *args)
+
+
+def _summed(totals: dict[str, Tensor], losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return totals | {name: totals[name] + loss if name in totals else loss for name, loss in losses.items()}
