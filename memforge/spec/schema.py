@@ -75,7 +75,7 @@ class FactsSpec(SpecModel):
     """Facts in several phrasings: each is trained in some of them and tested in the others."""
 
     kind: Literal["facts"]
-    source: Literal["airports"] = Field("airports", description="airport -> city (13,166 facts)")
+    source: Literal["airports"] = Field("airports", description="airport -> city, about 12,000 facts")
     num_facts: Annotated[int, Field(ge=2, le=10_000_000)] = Field(description="facts drawn from the source")
     num_held_out: Annotated[int, Field(ge=1, le=7)] = Field(2, description="of the 8 phrasings, held out per fact")
 

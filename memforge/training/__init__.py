@@ -1,0 +1,5 @@
+"""Training: from a plan to a run directory."""
+
+from memforge.training.loop import train
+
+__all__ = ["train"]

@@ -1,0 +1,67 @@
+"""Scores on held-out sequences, and text from a model."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memforge.training.data.corpus import HeldOut, split_evenly
+from memforge.training.data.tokenizer import END_ID
+
+BATCH = 64
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held_out: HeldOut, *, max_prompts: int, exact_match: bool) -> dict[str, float]:
+    """Mean negative log-likelihood per answer token and, if asked for, the share of answers given exactly.
+
+    An answer counts as given when each of its tokens, the end included, is the most likely one after the true tokens
+    before it; that is the same as greedy decoding giving the whole answer.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    chosen = np.argsort(held_out.sequences.lengths[:max_prompts], kind="stable")
+    nll, num_tokens, num_exact = 0.0, 0, 0
+    for part in split_evenly(len(chosen), BATCH):
+        tokens, scored = _padded(held_out, chosen[part], device)
+        logits = model(tokens[:, :-1])[0].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        right = logits.argmax(dim=-1) == tokens[:, 1:]
+        nll += float(losses[scored].double().sum())
+        num_tokens += int(scored.sum())
+        num_exact += int((right | ~scored).all(dim=1).sum())
+    model.train(was_training)
+    scores = {"held_out_loss": nll / num_tokens}
+    return scores | ({"recall": num_exact / len(chosen)} if exact_match else {})
+
+
+def _padded(held_out: HeldOut, chosen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens [b, t] padded on the right, where a causal model never looks, and the answers' mask [b, t - 1]."""
+    rows = [torch.from_numpy(held_out.sequences[int(i)].astype(np.int64)) for i in chosen]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=END_ID)
+    target = torch.arange(1, tokens.shape[1])[None]
+    starts = torch.from_numpy(held_out.scored_from[chosen])[:, None]
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    return tokens.to(device), ((target >= starts) & (target < ends)).to(device)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module, tokens: list[int], *, max_tokens: int, max_seq_len: int, temperature: float, seed: int
+) -> list[int]:
+    """Continue `tokens` until the end token or `max_tokens`; temperature 0 takes the most likely token."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    out: list[int] = []
+    while len(out) < max_tokens:
+        context = torch.tensor([(tokens + out)[-max_seq_len:]], device=device)
+        logits = model(context)[0][0, -1].float().cpu()
+        if temperature > 0:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        if token == END_ID:
+            break
+        out.append(token)
+    return out

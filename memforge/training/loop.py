@@ -1,0 +1,239 @@
+"""The training loop: a plan in, a run directory out."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memforge.build import build_model
+from memforge.cost import estimate
+from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
+from memforge.plan import Plan, TrainPlan
+from memforge.training import storage
+from memforge.training.data import Corpus, Stream, load_corpus
+from memforge.training.evaluate import evaluate
+from memforge.training.optimizer import make_optimizer, rate_share, set_rates
+from memforge.training.signals import StopSignal
+
+# torch.compile costs about 20 to 60 seconds on two cores; shorter runs do not earn it back.
+MIN_STEPS_TO_COMPILE = 200
+
+
+class Reporter(Protocol):
+    """Who is told what a run does. The loop itself prints nothing."""
+
+    def note(self, message: str) -> None: ...
+    def start(self, plan: Plan, corpus: Corpus) -> None: ...
+    def row(self, row: dict[str, Any], total_steps: int) -> None: ...
+    def finish(self, summary: dict[str, Any]) -> None: ...
+
+
+class Silent:
+    """Reports nothing."""
+
+    def note(self, message: str) -> None: ...
+    def start(self, plan: Plan, corpus: Corpus) -> None: ...
+    def row(self, row: dict[str, Any], total_steps: int) -> None: ...
+    def finish(self, summary: dict[str, Any]) -> None: ...
+
+
+def train(
+    plan: Plan,
+    run_dir: Path,
+    *,
+    data_root: Path = Path(),
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Train the plan's model and return the summary that is also written to `run_dir/summary.json`.
+
+    `run_dir` must not exist; it appears with plan.json, tokenizer.json, metrics.jsonl and, at the end or at the first
+    signal, a checkpoint. A run that ends before its first step leaves nothing behind.
+
+    Raises UsageError for a plan that cannot be trained, StorageError, NonFiniteError before the update that a NaN or
+    infinity would have spoilt, InterruptedRunError after a signal, with everything saved.
+    """
+    report = reporter or Silent()
+    run = _checked(plan)
+    corpus = load_corpus(plan, data_root)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError("no CUDA device is available; use --device cpu")
+    with _new_run(run_dir) as started, StopSignal() as stop:
+        with storage.storage_errors(run_dir):
+            (run_dir / storage.PLAN).write_text(plan.to_json(), encoding="utf-8")
+            (run_dir / storage.TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
+        report.start(plan, corpus)
+        model = build_model(plan.model, seed=run.seed, device=device)
+        trainer = _Trainer(plan, run, corpus, model, run_dir, report, device)
+        trainer.run(stop, started)
+        return trainer.conclude(stop)
+
+
+class _Trainer:
+    def __init__(
+        self,
+        plan: Plan,
+        run: TrainPlan,
+        corpus: Corpus,
+        model: nn.Module,
+        run_dir: Path,
+        report: Reporter,
+        device: str,
+    ) -> None:
+        self.plan, self.spec, self.corpus, self.model = plan, run, corpus, model
+        self.run_dir, self.report, self.device = run_dir, report, device
+        self.optimizer = make_optimizer(model, plan.model, run)
+        self.stream = Stream(corpus.units, window=run.seq_len + 1, seed=run.seed)
+        self.forward = _compiled(model, run, report)
+        self.step = 0
+        self.started = time.perf_counter()
+        self.training_seconds = 0.0
+        self.last: dict[str, Any] = {}
+
+    def run(self, stop: StopSignal, started: Callable[[], None]) -> None:
+        """All steps, or those until a signal. A row of metrics.jsonl sums up the steps since the one before."""
+        losses: list[Tensor] = []
+        began = time.perf_counter()
+        while self.step < self.spec.steps and stop.number is None:
+            loss, norm = self.one_step()
+            losses.append(loss)
+            self.step += 1
+            if self.step == 1:
+                started()
+                stop.arm()
+            last = self.step == self.spec.steps or stop.number is not None
+            evaluated = self.plan.run.eval.every_steps and self.step % self.plan.run.eval.every_steps == 0
+            if last or evaluated or self.step % self.spec.log_every == 0 or self.step == 1:
+                seconds = time.perf_counter() - began
+                self.training_seconds += seconds
+                self.log(losses, norm, seconds, self.scores() if last or evaluated else {})
+                losses, began = [], time.perf_counter()
+
+    def one_step(self) -> tuple[Tensor, Tensor]:
+        """One update; the cross-entropy before it and the gradient's norm before clipping."""
+        b, run = self.spec.batch_size, self.spec
+        window = torch.from_numpy(self.stream.windows(self.step * b, b)).to(self.device, torch.int64)
+        logits, extra = self.forward(window[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + sum(extra.values())).backward()
+        limit = run.clip_norm if run.clip_norm is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise NonFiniteError(
+                f"step {self.step + 1}: the loss is {float(loss):g} and the gradient norm {float(norm):g}; "
+                "the update was not made. A lower train.learning_rate or a longer warm-up usually helps"
+            )
+        set_rates(self.optimizer, rate_share(self.step, run))
+        self.optimizer.step()
+        return loss.detach(), norm
+
+    def scores(self) -> dict[str, float]:
+        limit, exact = self.plan.run.eval.max_prompts, self.corpus.exact_match
+        return evaluate(self.model, self.corpus.held_out, max_prompts=limit, exact_match=exact)
+
+    def log(self, losses: list[Tensor], norm: Tensor, seconds: float, scores: dict[str, float]) -> None:
+        tokens = self.spec.batch_size * self.spec.seq_len
+        self.last = {
+            "step": self.step,
+            "tokens": self.step * tokens,
+            "loss": float(torch.stack(losses).mean()),
+            "grad_norm": float(norm),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **scores,
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "tokens_per_second": round(len(losses) * tokens / seconds, 1),
+        }
+        with storage.storage_errors(self.run_dir), (self.run_dir / storage.METRICS).open("a") as file:
+            file.write(json.dumps(self.last) + "\n")
+        self.report.row(self.last, self.spec.steps)
+
+    def conclude(self, stop: StopSignal) -> dict[str, Any]:
+        """Save, write the summary, and turn a signal into its exit code."""
+        checkpoint = storage.save_checkpoint(self.run_dir, self.step, self.plan, self.model)
+        cost = estimate(self.plan.model, seq_len=self.spec.seq_len).as_dict()
+        sentences = self.corpus.description.get("sentences")
+        per_epoch = self.corpus.description["tokens_per_epoch"]
+        epochs = self.step * self.spec.batch_size * (self.spec.seq_len + 1) / float(per_epoch)
+        exposures = {}
+        if sentences is not None:
+            exposures["exposures_per_fact"] = epochs * float(sentences) / float(self.corpus.description["facts"])
+        summary = {
+            "name": self.plan.name,
+            "model_hash": self.plan.model.model_hash,
+            "steps": self.step,
+            "epochs": epochs,
+            **exposures,
+            "params": cost["params"]["total"],
+            "active_params": cost["params"]["active"],
+            "flops_per_token": cost["flops_per_token"]["total"],
+            "data": self.corpus.description,
+            "baselines": self.corpus.baselines,
+            "final": self.last,
+            "training_seconds": round(self.training_seconds, 3),
+            "checkpoint": checkpoint.name,
+            "interrupted": stop.number is not None,
+        }
+        with storage.storage_errors(self.run_dir):
+            storage.write_json(self.run_dir / storage.SUMMARY, summary)
+        self.report.finish(summary)
+        if stop.number is not None:
+            raise InterruptedRunError(f"interrupted; saved {checkpoint}", stop.number)
+        return summary
+
+
+def _checked(plan: Plan) -> TrainPlan:
+    if plan.run.train is None or plan.run.data is None:
+        missing = [f"[{t}]" for t, given in (("data", plan.run.data), ("train", plan.run.train)) if given is None]
+        raise UsageError(f"{plan.name}: training needs {' and '.join(missing)} in the spec")
+    if low := sorted({row.dtype for row in plan.model.params if row.dtype != "float32"}):
+        raise UsageError(
+            f"{plan.name}: training a {low[0]} pool would lose small updates; set its dtype to float32"
+        )
+    return plan.run.train
+
+
+@contextmanager
+def _new_run(run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Make the run directory; it is removed again if the block fails before it calls the yielded function."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise StorageError(f"{run_dir}: exists already; choose another --out or pass --overwrite")
+    with storage.storage_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    kept = False
+
+    def started() -> None:
+        nonlocal kept
+        kept = True
+
+    try:
+        yield started
+    finally:
+        if not kept:
+            shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _compiled(model: nn.Module, run: TrainPlan, report: Reporter) -> Callable[..., Any]:
+    """The model as it is trained: compiled where asked for and possible, eager otherwise, and never in silence."""
+    model.train()
+    if run.compile == "off" or (run.compile == "auto" and run.steps < MIN_STEPS_TO_COMPILE):
+        return model
+    if not _has_cpp_compiler():
+        if run.compile == "on":
+            raise DeviceError('train.compile = "on" needs a C++ compiler (g++ or clang++), and there is none')
+        report.note("no C++ compiler: training is eager, without torch.compile")
+        return model
+    report.note("compiling with torch.compile; the first step takes a while")
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))

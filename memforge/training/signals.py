@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second stops at once."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class StopSignal:
+    """While entered, remembers the signal that asked to stop. Until `arm` there is nothing to save, and a signal
+    interrupts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._armed = False
+        self._before: dict[int, object] = {}
+
+    def arm(self) -> None:
+        self._armed = True
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._armed and self.number is None:
+            self.number = number
+            return
+        raise Stopped(number)
+
+
+class Stopped(BaseException):
+    """A signal that must end the process now."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
