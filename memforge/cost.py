@@ -86,6 +86,7 @@ class CostReport:
             },
             "bytes_per_token": {"read": axes["bytes"]},
             "layers": list(self._layer_dicts()),
+            "pools": [_pool_dict(row) for row in self.params if row.owner.startswith("pool.")],
             "conventions": list(CONVENTIONS),
             "excluded": list(EXCLUDED),
         }
@@ -134,6 +135,16 @@ class CostReport:
             "flops_per_token": self._flops_dict(costs, executed=False),
             "ops": {row.cost.op: self._flops_dict([row], executed=False) for row in costs},
         }
+
+
+def _pool_dict(row: ParamRow) -> dict[str, Any]:
+    return {
+        "path": row.owner,
+        "params": row.numel,
+        "active_params": row.active,
+        "layers": sorted(int(reader.split(".")[1]) for reader in row.readers),
+        "readers": list(row.readers),
+    }
 
 
 def _block_path(param_path: str) -> str:

@@ -1,6 +1,7 @@
 """From a path to one merged document: `extends` chains and `--set` options, with the origin of every key."""
 
 import copy
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -144,5 +145,7 @@ def value_at(values: Any, path: KeyPath) -> Any:
 
 
 def shown_value(value: object) -> str:
-    text = printable(repr(value))
+    """A value as it would stand in the spec, shortened."""
+    plain = isinstance(value, str | bool | int | float)
+    text = printable(json.dumps(value, ensure_ascii=False) if plain else repr(value))
     return text if len(text) <= 40 else text[:37] + "..."

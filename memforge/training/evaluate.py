@@ -1,10 +1,18 @@
 """Scores on held-out sequences, and text from a model."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memforge.errors import StorageError
+from memforge.storage import storage_errors
+from memforge.training.checkpoint import SUMMARY, open_run
+from memforge.training.data import load_corpus
 from memforge.training.data.corpus import HeldOut, split_evenly
 from memforge.training.data.tokenizer import END_ID
 
@@ -44,6 +52,27 @@ def _padded(held_out: HeldOut, chosen: np.ndarray, device: torch.device) -> tupl
     starts = torch.from_numpy(held_out.scored_from[chosen])[:, None]
     ends = torch.tensor([len(row) for row in rows])[:, None]
     return tokens.to(device), ((target >= starts) & (target < ends)).to(device)
+
+
+def evaluate_run(run_dir: Path, *, data_root: Path, device: str) -> dict[str, Any]:
+    """The summary of a run with the scores of its newest checkpoint measured anew.
+
+    Raises StorageError when the run is damaged, or its data is not what it was trained on.
+    """
+    plan, model, _, checkpoint = open_run(run_dir, device)
+    with storage_errors(run_dir):
+        try:
+            summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
+            trained_on, last = summary["data"]["corpus_sha256"], summary["final"]
+        except (ValueError, KeyError, TypeError):
+            raise StorageError(f"{run_dir / SUMMARY}: damaged") from None
+    corpus = load_corpus(plan, data_root)
+    if corpus.description["corpus_sha256"] != trained_on:
+        raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
+    scores = evaluate(
+        model, corpus.held_out, max_prompts=plan.run.eval.max_prompts, exact_match=corpus.exact_match
+    )
+    return summary | {"final": last | scores, "checkpoint": checkpoint.name}
 
 
 @torch.no_grad()

@@ -16,14 +16,15 @@ from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
 from memforge.plan import Plan, TrainPlan
-from memforge.training import storage
+from memforge.storage import storage_errors, write_json
+from memforge.training import checkpoint as files
 from memforge.training.data import Corpus, Stream, load_corpus
 from memforge.training.evaluate import evaluate
 from memforge.training.optimizer import make_optimizer, rate_share, set_rates
 from memforge.training.signals import StopSignal
 
-# torch.compile costs about 20 to 60 seconds on two cores; shorter runs do not earn it back.
-MIN_STEPS_TO_COMPILE = 200
+# Compiling the demo models takes about 25 s on two cores; a run this short never earns it back.
+MIN_STEPS_TO_COMPILE = 100
 
 
 class Reporter(Protocol):
@@ -67,9 +68,9 @@ def train(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available; use --device cpu")
     with _new_run(run_dir) as started, StopSignal() as stop:
-        with storage.storage_errors(run_dir):
-            (run_dir / storage.PLAN).write_text(plan.to_json(), encoding="utf-8")
-            (run_dir / storage.TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
+        with storage_errors(run_dir):
+            (run_dir / files.PLAN).write_text(plan.to_json(), encoding="utf-8")
+            (run_dir / files.TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
         report.start(plan, corpus)
         model = build_model(plan.model, seed=run.seed, device=device)
         trainer = _Trainer(plan, run, corpus, model, run_dir, report, device)
@@ -152,13 +153,13 @@ class _Trainer:
             "seconds": round(time.perf_counter() - self.started, 3),
             "tokens_per_second": round(len(losses) * tokens / seconds, 1),
         }
-        with storage.storage_errors(self.run_dir), (self.run_dir / storage.METRICS).open("a") as file:
+        with storage_errors(self.run_dir), (self.run_dir / files.METRICS).open("a") as file:
             file.write(json.dumps(self.last) + "\n")
         self.report.row(self.last, self.spec.steps)
 
     def conclude(self, stop: StopSignal) -> dict[str, Any]:
         """Save, write the summary, and turn a signal into its exit code."""
-        checkpoint = storage.save_checkpoint(self.run_dir, self.step, self.plan, self.model)
+        checkpoint = files.save_checkpoint(self.run_dir, self.step, self.plan, self.model)
         cost = estimate(self.plan.model, seq_len=self.spec.seq_len).as_dict()
         sentences = self.corpus.description.get("sentences")
         per_epoch = self.corpus.description["tokens_per_epoch"]
@@ -182,8 +183,8 @@ class _Trainer:
             "checkpoint": checkpoint.name,
             "interrupted": stop.number is not None,
         }
-        with storage.storage_errors(self.run_dir):
-            storage.write_json(self.run_dir / storage.SUMMARY, summary)
+        with storage_errors(self.run_dir):
+            write_json(self.run_dir / files.SUMMARY, summary)
         self.report.finish(summary)
         if stop.number is not None:
             raise InterruptedRunError(f"interrupted; saved {checkpoint}", stop.number)
@@ -206,7 +207,7 @@ def _new_run(run_dir: Path) -> Iterator[Callable[[], None]]:
     """Make the run directory; it is removed again if the block fails before it calls the yielded function."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise StorageError(f"{run_dir}: exists already; choose another --out or pass --overwrite")
-    with storage.storage_errors(run_dir):
+    with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     kept = False
 

@@ -40,5 +40,5 @@ class Stopped(BaseException):
     """A signal that must end the process now."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+        super().__init__(f"stopped by {signal.Signals(number).name}; nothing was saved")
+        self.stop_signal = number

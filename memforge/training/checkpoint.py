@@ -1,14 +1,7 @@
 """Run directories and checkpoints: written whole or not at all, verified when read."""
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,63 +13,11 @@ from memforge import __version__
 from memforge.build import build_model
 from memforge.errors import StorageError
 from memforge.plan import Plan, read_plan
+from memforge.storage import file_sha256, replaced_directory, storage_errors, write_json
 
 FORMAT_VERSION = 1
 PLAN, TOKENIZER, METRICS, SUMMARY = "plan.json", "tokenizer.json", "metrics.jsonl", "summary.json"
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """OSError and the RuntimeErrors of a full disk become StorageError with the path."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{error.filename or path}: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise StorageError(f"{path}: {error}") from None
-
-
-@contextmanager
-def replaced_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name when the block ends well, and vanishes otherwise."""
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
-    try:
-        with storage_errors(target):
-            yield temporary
-            for file in temporary.iterdir():
-                sync(file)
-            sync(temporary)
-            if target.exists():
-                aside = temporary.with_name(temporary.name + "-old")
-                target.rename(aside)
-                temporary.rename(target)
-                shutil.rmtree(aside)
-            else:
-                temporary.rename(target)
-            sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, record: Any) -> None:
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_checkpoint(run_dir: Path, step: int, plan: Plan, model: nn.Module) -> Path:
@@ -117,7 +58,10 @@ def load_weights(checkpoint: Path, plan: Plan) -> dict[str, Tensor]:
             raise StorageError(f"{checkpoint}: belongs to another model (its model hash is {model_hash[:12]})")
         if files.get(WEIGHTS) != file_sha256(checkpoint / WEIGHTS):
             raise StorageError(f"{checkpoint / WEIGHTS}: the content does not match its hash in {MANIFEST}")
-        return load_file(checkpoint / WEIGHTS)
+        try:
+            return load_file(checkpoint / WEIGHTS)
+        except SafetensorError as error:
+            raise StorageError(f"{checkpoint / WEIGHTS}: {error}") from None
 
 
 def open_run(run_dir: Path, device: str) -> tuple[Plan, nn.Module, Tokenizer, Path]:

@@ -1,0 +1,55 @@
+"""Options that several commands share, and how they become a spec."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memforge.errors import UsageError, printable
+from memforge.spec import Spec, load_spec
+
+SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A TOML spec.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec, e.g. train.steps=100."),
+]
+SpecRoot = Annotated[
+    Path | None,
+    typer.Option("--spec-root", metavar="DIR", help="Bounds what the spec may extend; its own directory by default."),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", metavar="DIR", help="Where data.path starts; the spec root by default.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; cuda where there is one.")
+]
+
+
+def load(
+    path: Path,
+    overrides: list[str] | None,
+    spec_root: Path | None,
+    *,
+    data_root: Path | None = None,
+    require_data: bool = False,
+) -> Spec:
+    return load_spec(
+        path, overrides=overrides or (), spec_root=spec_root, data_root=data_root, require_data=require_data
+    )
+
+
+def torch_device(name: str | None) -> str:
+    """A device that exists. Raises UsageError with the ones that are known."""
+    import torch
+
+    from memforge.errors import DeviceError
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UsageError(f"--device {printable(name)}: expected cpu, cuda or cuda:N")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise DeviceError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return name

@@ -1,0 +1,141 @@
+"""Commands on runs: train, eval and generate."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memforge.cli.model import NoParity
+from memforge.cli.options import DataRoot, Device, Json, Set, SpecPath, SpecRoot, load, torch_device
+from memforge.errors import StorageError, UsageError
+from memforge.report.console import console, plain, print_json
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+
+
+def train(
+    spec: SpecPath,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME, or the next free "
+                                             "runs/NAME-2, ..")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what --out holds first.")] = False,
+    set_: Set = None,
+    spec_root: SpecRoot = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    no_parity: NoParity = False,
+    json_: Json = False,
+) -> None:
+    """Train a spec or a build directory; evaluate it; leave a run directory with a checkpoint."""
+    from memforge.parity import claimed, require
+
+    plan, root = _plan_of(spec, set_, spec_root, data_root)
+    if not no_parity:
+        require(claimed(plan))
+    target = out or _free_directory(Path("runs") / plan.name)
+    if overwrite and out is not None:
+        _clear(target)
+    screen = console(stderr=True)
+    with screen.status("starting torch"):
+        from memforge.training import train as run_training
+    from memforge.report.progress import RunReporter
+    from memforge.report.runs import run_table
+
+    reporter = RunReporter(screen, str(target))
+    try:
+        summary = run_training(plan, target, data_root=root, device=torch_device(device), reporter=reporter)
+    finally:
+        reporter.close()
+    if json_:
+        print_json(summary)
+    else:
+        console().print(run_table([summary]))
+
+
+def eval_(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    data_root: DataRoot = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Score the newest checkpoint of each run on its held-out data; print one table."""
+    summaries = []
+    screen = console(stderr=True)
+    with screen.status("loading"):
+        from memforge.training.evaluate import evaluate_run
+    for run in runs:
+        with screen.status(f"scoring {run}"):
+            summaries.append(evaluate_run(run, data_root=data_root or Path(), device=torch_device(device)))
+    if json_:
+        print_json(summaries if len(runs) > 1 else summaries[0])
+        return
+    from memforge.report.runs import run_table
+
+    console().print(run_table(summaries))
+
+
+def generate(
+    run: RunDir,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Stop after so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Continue a text with the newest checkpoint of a run."""
+    from memforge.training.checkpoint import open_run
+    from memforge.training.data.tokenizer import END_ID
+    from memforge.training.evaluate import generate as sample
+
+    plan, model, tokenizer, _ = open_run(run, torch_device(device))
+    given = [END_ID, *tokenizer.encode(prompt).ids]
+    tokens = sample(
+        model,
+        given,
+        max_tokens=max_tokens,
+        max_seq_len=plan.model.max_seq_len,
+        temperature=temperature,
+        seed=seed,
+    )
+    text = tokenizer.decode(tokens)
+    if json_:
+        print_json({"prompt": prompt, "text": text, "tokens": len(tokens)})
+    else:
+        plain(prompt + text)
+
+
+def _plan_of(path: Path, overrides: list[str] | None, spec_root: Path | None, data_root: Path | None) -> Any:
+    """The plan of a spec file or a build directory, and where its data path starts."""
+    from memforge.plan import make_plan, read_plan
+
+    if not path.is_dir():
+        spec = load(path, overrides, spec_root, data_root=data_root, require_data=True)
+        return make_plan(spec), data_root or spec_root or path.parent
+    if not (path / "plan.json").is_file():
+        raise UsageError(f"{path}: a directory without plan.json is not a build directory")
+    if overrides:
+        raise UsageError("--set changes a spec; a build directory is trained as it was built")
+    return read_plan(path / "plan.json"), data_root or Path()
+
+
+def _free_directory(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
+def _clear(path: Path) -> None:
+    """Delete a run directory, and nothing that is not one."""
+    if not path.exists():
+        return
+    if not (path / "plan.json").is_file():
+        raise StorageError(f"{path}: is not a run directory; --overwrite deletes only those")
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+
+
+COMMANDS = {"train": train, "eval": eval_, "generate": generate}

@@ -1,0 +1,86 @@
+"""Commands on the text of a spec: init, check, render, schema."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memforge.cli.options import DataRoot, Json, Set, SpecPath, SpecRoot, load
+from memforge.errors import StorageError, UsageError
+from memforge.report.console import plain, print_json
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("spec.toml"),
+    preset: Annotated[str, typer.Option(help="dense, memory or moe.")] = "memory",
+) -> None:
+    """Write a commented spec to start from. An existing file is left alone."""
+    from memforge.spec.presets import PRESETS, preset_text
+
+    if preset not in PRESETS:
+        raise UsageError(f"--preset {preset}: known presets are {', '.join(PRESETS)}")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(preset_text(preset))
+    except FileExistsError:
+        raise StorageError(f"{path}: exists already") from None
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    plain(f"wrote {path}; next: memforge check {path}", stderr=True)
+
+
+def check(
+    spec: SpecPath,
+    set_: Set = None,
+    spec_root: SpecRoot = None,
+    data_root: DataRoot = None,
+    json_: Json = False,
+) -> None:
+    """Validate a spec; all errors at once, each with file, line and column."""
+    from memforge.cost import estimate
+    from memforge.parity import claimed
+    from memforge.plan import make_plan
+    from memforge.report.cost import si
+
+    plan = make_plan(load(spec, set_, spec_root, data_root=data_root, require_data=True))
+    axes, parity = estimate(plan.model).axes(), claimed(plan)
+    if json_:
+        record = {"ok": True, "name": plan.name, "model_hash": plan.model.model_hash, "errors": [], **axes}
+        print_json(record | {"parity": parity.as_dict() if parity else None})
+        return
+    verdict = f"; parity with {parity.baseline} {'holds' if parity.ok else 'FAILS'}" if parity else ""
+    plain(
+        f"{spec}: ok: {plan.name}, {plan.model.num_layers} layers, {axes['params']:,} parameters "
+        f"({axes['active_params']:,} active), {si(axes['flops'], 'FLOP')} per token{verdict}"
+    )
+
+
+def render(
+    spec: SpecPath,
+    set_: Set = None,
+    spec_root: SpecRoot = None,
+    defaults: Annotated[bool, typer.Option("--defaults", help="Write the keys left at their default too.")] = False,
+    json_: Json = False,
+) -> None:
+    """Print the spec with `extends` and --set resolved; a comment names the origin of each key from elsewhere."""
+    from memforge.spec.render import render_toml
+
+    loaded = load(spec, set_, spec_root)
+    if json_:
+        print_json(loaded.model_dump(mode="json", by_alias=True, exclude_unset=not defaults))
+    else:
+        plain(render_toml(loaded, defaults=defaults).rstrip("\n"))
+
+
+def schema() -> None:
+    """Print the JSON Schema of a spec, for editors and linters (#:schema in a TOML file)."""
+    from memforge.spec.schema import Spec
+
+    record = Spec.model_json_schema()
+    record["properties"]["extends"] = {"type": "string", "description": "a spec to lay this one over"}
+    record["required"] = []  # a file that extends another may leave anything out
+    plain(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **record}, indent=2))
+
+
+COMMANDS = {"init": init, "check": check, "render": render, "schema": schema}

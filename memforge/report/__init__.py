@@ -1,0 +1,1 @@
+"""What users see. Nothing outside this package and the CLI prints."""

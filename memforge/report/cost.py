@@ -1,0 +1,87 @@
+"""The ledger and the parity verdict as tables."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.table import Table
+
+from memforge.cost import CONVENTIONS, EXCLUDED
+
+_PREFIXES = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+
+
+def si(value: int | float, unit: str = "") -> str:
+    """1,234,567 as "1.235M", with a unit as "1.235 MB"; numbers below 10,000 in full."""
+    gap = " " if unit else ""
+    if value < 10_000:
+        return f"{value:,.6g}{gap}{unit}"
+    scale, prefix = next((s, p) for s, p in _PREFIXES if value >= s)
+    return f"{value / scale:.4g}{gap}{prefix}{unit}"
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def kind_table(cost: dict[str, Any]) -> Table:
+    """Parameters and FLOPs by kind."""
+    params, flops = cost["params"], cost["flops_per_token"]
+    table = _table("By kind", ("kind", "params", "active", "FLOPs/token", "share"))
+    for kind, total in params["by_kind"].items():
+        spent = flops["by_kind"].get(kind, 0)
+        active = params["active_by_kind"][kind]
+        table.add_row(kind, f"{total:,}", f"{active:,}", si(spent), f"{spent / flops['total']:.1%}")
+    table.add_section()
+    table.add_row("total", f"{params['total']:,}", f"{params['active']:,}", si(flops["total"]), "", style="bold")
+    return table
+
+
+def layer_table(cost: dict[str, Any]) -> Table:
+    """One row for each run of alike layers. A shared pool is in no layer."""
+    table = _table("By layer", ("layers", "blocks", "params", "active", "forward/token", "backward/token"))
+    table.columns[1].justify = "left"
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for layer in cost["layers"]:
+        names = " + ".join(
+            block["kind"] + "".join(f" <- {pool}" for pool in block["reads"]) for block in layer["blocks"]
+        )
+        flops = layer["flops_per_token"]
+        key = (names, layer["params"], layer["active_params"], flops["forward"], flops["backward"])
+        groups.setdefault(key, []).append(layer["idx"])
+    for (names, params, active, forward, backward), indices in groups.items():
+        table.add_row(ranges(indices), names, f"{params:,}", f"{active:,}", si(forward), si(backward))
+    for pool in cost["pools"]:
+        readers = f"read by {ranges(pool['layers'])}"
+        table.add_row(pool["path"], readers, f"{pool['params']:,}", f"{pool['active_params']:,}", "", "")
+    return table
+
+
+def ranges(indices: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def parity_table(parity: dict[str, Any]) -> Table:
+    """Every axis beside the baseline's; axes without a tolerance are shown, not judged."""
+    verdict = "holds" if parity["ok"] else "FAILS"
+    table = _table(f"Parity with {parity['against']}: {verdict}", ("axis", "this", "baseline", "ratio", "tolerance", ""))
+    for name, axis in parity["axes"].items():
+        judged = axis["tolerance"] is not None
+        verdict = ("ok" if axis["ok"] else "FAILS") if judged else "not claimed"
+        tolerance = f"{axis['tolerance']:g}" if judged else ""
+        value, baseline = f"{axis['value']:,}", f"{axis['baseline']:,}"
+        table.add_row(name, value, baseline, f"{axis['ratio']:.4f}", tolerance, verdict)
+    return table
+
+
+def conventions() -> list[str]:
+    return [*CONVENTIONS, f"excluded: {', '.join(EXCLUDED)}"]

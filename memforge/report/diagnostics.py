@@ -1,0 +1,51 @@
+"""Errors of a spec as text: one line `path:line:col: message` each, with code frames while they fit on a screen."""
+
+from collections.abc import Sequence
+
+from memforge.errors import Diagnostic, Position, dotted, printable
+
+MAX_LINES = 25
+MAX_CODE = 100
+FRAME_LINES = 3
+
+
+def render(diagnostics: Sequence[Diagnostic]) -> list[str]:
+    """At most MAX_LINES lines: every error has its line, the first ones a frame, and the rest are counted."""
+    lines: list[str] = []
+    for i, diagnostic in enumerate(diagnostics):
+        left = len(diagnostics) - i
+        room = MAX_LINES - len(lines)
+        framed = [_headline(diagnostic), *_frame(diagnostic)]
+        # A frame is drawn while every later error still gets its line, and always for the first two.
+        if len(framed) + left - 1 <= room or (i < 2 and len(framed) + 1 <= room):
+            lines += framed
+        elif left == 1 or room > 1:
+            lines.append(_headline(diagnostic))
+        else:
+            lines.append(f"and {left} more")
+            break
+    return lines
+
+
+def _headline(d: Diagnostic) -> str:
+    return f"{d.where}: {d.message}"
+
+
+def _frame(d: Diagnostic) -> list[str]:
+    notes = " - ".join(part for part in (dotted(d.key), d.help) if part)
+    if not d.where.text:
+        return [f"  = {notes}"] if notes else []
+    lines = _code(d.where, notes)
+    for position, label in d.related[:1]:
+        if position.line != d.where.line or position.file != d.where.file:
+            lines += _code(position, label, mark="-")
+    return lines
+
+
+def _code(where: Position, note: str, mark: str = "^") -> list[str]:
+    number = f"{where.line:>5}"
+    start = max(0, where.column - 1 - MAX_CODE // 2) if len(where.text) > MAX_CODE else 0
+    code = where.text[start : start + MAX_CODE].replace("\t", " ")
+    indent = " " * (where.column - 1 - start)
+    carets = mark * max(1, min(where.end_column - where.column, MAX_CODE - len(indent)))
+    return [f"{number} | {printable(code)}", f"      | {indent}{carets} {note}".rstrip()]

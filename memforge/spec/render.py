@@ -1,0 +1,71 @@
+"""A spec as TOML again: resolved, with the origin of each key that stands elsewhere."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tomlkit
+from tomlkit.items import Item
+
+from memforge.errors import KeyPath
+from memforge.spec.document import Document
+from memforge.spec.schema import Spec
+
+Comment = Callable[[KeyPath], str | None]
+
+
+def render_toml(spec: Spec, *, defaults: bool = False) -> str:
+    """The spec without `extends`. A comment `file:line` marks keys that come from another file or --set."""
+    document: Document = spec._document
+    values = spec.model_dump(mode="json", by_alias=True, exclude_unset=not defaults, exclude_none=True)
+
+    def origin(path: KeyPath) -> str | None:
+        span = document.spans.get(path)
+        if span is None or span.source.name == document.source.name:
+            return None
+        return f"{span.source.name}:{span.key[0] + 1}"
+
+    return to_toml(values, origin)
+
+
+def to_toml(values: dict[str, Any], comment: Comment) -> str:
+    """Top-level tables and [pool.NAME] are tables, [[place]] an array of tables, everything deeper inline."""
+    out = tomlkit.document()
+    for key, value in values.items():
+        out.add(key, _item(value, (key,), comment))
+    return tomlkit.dumps(out)
+
+
+def _item(value: Any, path: KeyPath, comment: Comment) -> Any:
+    if isinstance(value, dict) and (len(path) == 1 or path[0] == "pool"):
+        table = tomlkit.table(is_super_table=path == ("pool",))
+        for key, inner in value.items():
+            _add(table, key, inner, (*path, key), comment)
+        return table
+    if path == ("place",):
+        rules = tomlkit.aot()
+        for i, rule in enumerate(value):
+            table = tomlkit.table()
+            for key, inner in rule.items():
+                _add(table, key, inner, (*path, i, key), comment)
+            rules.append(table)
+        return rules
+    return _inline(value)
+
+
+def _add(table: Any, key: str, value: Any, path: KeyPath, comment: Comment) -> None:
+    item = _item(value, path, comment)
+    table.add(key, item)
+    note = comment(path)
+    if note and isinstance(table[key], Item) and not isinstance(value, dict) | (path[0] == "pool" and len(path) == 2):
+        table[key].comment(note)
+    elif note and isinstance(value, dict) and path[0] == "place":
+        table[key].comment(note)
+
+
+def _inline(value: Any) -> Any:
+    if isinstance(value, dict):
+        table = tomlkit.inline_table()
+        for key, inner in value.items():
+            table.append(key, _inline(inner))
+        return table
+    return tomlkit.item(value)
