@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memforge_kernels import FLOP_FORMULAS
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,6 +19,7 @@ from memforge.nn.init import fill
 from memforge.parity import claimed
 from memforge.plan import ModelPlan, Plan
 from memforge.storage import file_sha256, replaced_directory, write_json
+from memforge_kernels import FLOP_FORMULAS
 
 FORMAT_VERSION = 1
 # model.pt2 is a zip archive in which torch writes its own identifiers; the rest is the same byte for byte.

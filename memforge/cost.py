@@ -23,7 +23,13 @@ CONVENTIONS = (
     "experts, heads*top_k value rows per reader",
     "bytes: parameter bytes that one token reads in the forward pass, nothing cached",
 )
-EXCLUDED = ("norms", "softmax", "top-k compares", "activations and other element-wise work", "rotary positions")
+EXCLUDED = (
+    "norms",
+    "softmax",
+    "top-k compares",
+    "activations and other element-wise work",
+    "rotary positions",
+)
 AXES = ("params", "active_params", "flops", "bytes")
 
 
@@ -123,9 +129,7 @@ class CostReport:
                 "blocks": [self._block_dict(p, params[p], costs[p], pools[p]) for p in paths],
             }
 
-    def _block_dict(
-        self, path: str, params: list[ParamRow], costs: list[CostRow], pools: list[str]
-    ) -> dict[str, Any]:
+    def _block_dict(self, path: str, params: list[ParamRow], costs: list[CostRow], pools: list[str]) -> dict[str, Any]:
         return {
             "path": path,
             "kind": costs[0].kind,

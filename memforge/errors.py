@@ -61,8 +61,7 @@ class Diagnostic:
             "message": self.message,
             "help": self.help,
             "related": [
-                {"file": p.file, "line": p.line, "column": p.column, "label": label}
-                for p, label in self.related
+                {"file": p.file, "line": p.line, "column": p.column, "label": label} for p, label in self.related
             ],
         }
 

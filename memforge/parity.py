@@ -66,9 +66,7 @@ class Parity:
         }
 
 
-def compare(
-    name: str, cost: CostReport, baseline_name: str, baseline: CostReport, tolerance: ToleranceSpec
-) -> Parity:
+def compare(name: str, cost: CostReport, baseline_name: str, baseline: CostReport, tolerance: ToleranceSpec) -> Parity:
     """Every axis of `cost` over that of `baseline`."""
     ours, theirs = cost.axes(), baseline.axes()
     axes = tuple(Axis(axis, ours[axis], theirs[axis], getattr(tolerance, axis)) for axis in AXES)

@@ -178,9 +178,7 @@ def make_model_plan(spec: Spec) -> ModelPlan:
     site = site_of(spec)
     selected, problems = selections(spec)
     assert not problems, "load_spec refuses layers outside the model"
-    pools: dict[str, KindPlan] = {
-        f"pool.{name}": pool.plan(site, f"pool.{name}") for name, pool in spec.pool.items()
-    }
+    pools: dict[str, KindPlan] = {f"pool.{name}": pool.plan(site, f"pool.{name}") for name, pool in spec.pool.items()}
 
     def planned(sub_spec: KindSpec, layer_idx: int) -> KindPlan:
         path = f"layers.{layer_idx}.{sub_spec.kind}"

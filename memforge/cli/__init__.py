@@ -64,8 +64,10 @@ def _show(error: MemforgeError, *, as_json: bool) -> None:
 
 def _internal(error: Exception) -> None:
     """A bug of memforge's own: one line, and the traceback only for those who ask for it."""
-    plain(f"internal error: {type(error).__name__}: {printable(str(error).splitlines()[0] if str(error) else '')}",
-          stderr=True)
+    plain(
+        f"internal error: {type(error).__name__}: {printable(str(error).splitlines()[0] if str(error) else '')}",
+        stderr=True,
+    )
     if os.environ.get("MEMFORGE_TRACEBACK"):
         traceback.print_exc()
     else:

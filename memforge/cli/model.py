@@ -57,7 +57,8 @@ def build(
 def profile(
     spec: SpecPath,
     against: Annotated[
-        Path | None, typer.Option("--against", metavar="SPEC", help="Compare with this spec; exit 1 unless matched.")
+        Path | None,
+        typer.Option("--against", metavar="SPEC", help="Compare with this spec; exit 1 unless matched."),
     ] = None,
     tolerance: Annotated[
         list[str] | None,

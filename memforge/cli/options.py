@@ -18,11 +18,13 @@ SpecRoot = Annotated[
     typer.Option("--spec-root", metavar="DIR", help="Bounds what the spec may extend; its own directory by default."),
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", metavar="DIR", help="Where data.path starts; the spec root by default.")
+    Path | None,
+    typer.Option("--data-root", metavar="DIR", help="Where data.path starts; the spec root by default."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; cuda where there is one.")
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; cuda where there is one."),
 ]
 
 

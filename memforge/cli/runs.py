@@ -16,8 +16,10 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", 
 
 def train(
     spec: SpecPath,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME, or the next free "
-                                             "runs/NAME-2, ..")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Default: runs/NAME, or the next free runs/NAME-2, .."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what --out holds first.")] = False,
     set_: Set = None,
     spec_root: SpecRoot = None,

@@ -73,7 +73,9 @@ def ranges(indices: list[int]) -> str:
 def parity_table(parity: dict[str, Any]) -> Table:
     """Every axis beside the baseline's; axes without a tolerance are shown, not judged."""
     verdict = "holds" if parity["ok"] else "FAILS"
-    table = _table(f"Parity with {parity['against']}: {verdict}", ("axis", "this", "baseline", "ratio", "tolerance", ""))
+    table = _table(
+        f"Parity with {parity['against']}: {verdict}", ("axis", "this", "baseline", "ratio", "tolerance", "")
+    )
     for name, axis in parity["axes"].items():
         judged = axis["tolerance"] is not None
         verdict = ("ok" if axis["ok"] else "FAILS") if judged else "not claimed"

@@ -7,7 +7,7 @@ from memforge.errors import KeyPath, Problem
 from memforge.spec.placement import select_layers
 from memforge.spec.schema import PlaceRule, Spec, block_at
 
-# Public attributes of torch.nn.Module; a pool becomes an attribute of one. A test compares this with torch.
+# Public attributes of torch.nn.ModuleDict; a pool becomes an attribute of one. A test compares this with torch.
 RESERVED_POOL_NAMES = frozenset(
     """T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches
     eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu load_state_dict
@@ -15,7 +15,8 @@ RESERVED_POOL_NAMES = frozenset(
     register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
     register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook
     register_module register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_
-    set_extra_state set_submodule share_memory state_dict to to_empty train training type xpu zero_grad""".split()
+    set_extra_state set_submodule share_memory state_dict to to_empty train training type xpu zero_grad
+    clear items keys pop update values""".split()
 )
 
 # A byte-level BPE has one token for each byte and one that separates documents.
@@ -97,8 +98,12 @@ def _check_layers(spec: Spec, selected: list[tuple[int, ...]]) -> Iterator[Probl
         yield Problem(("place", rule, "block", "kind"), f"adds a second `{kind}` to a layer that has one")
     for name in spec.pool:
         if name not in read:
-            yield Problem(("pool", name), f"no block reads the pool `{name}`", "remove it or name it in a block",
-                          at_key=True)
+            yield Problem(
+                ("pool", name),
+                f"no block reads the pool `{name}`",
+                "remove it or name it in a block",
+                at_key=True,
+            )
 
 
 def _is_added(spec: Spec, idx: int, selected: list[tuple[int, ...]]) -> bool:
@@ -126,5 +131,3 @@ def _check_training(spec: Spec) -> Iterator[Problem]:
             f"warmup_steps = {spec.train.warmup_steps} is more than steps = {spec.train.steps}",
             related=((("train", "steps"), "steps is set here"),),
         )
-
-

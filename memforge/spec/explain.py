@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from memforge.errors import KeyPath, Problem, printable
-from memforge.spec.load import shown_value
+from memforge.spec.load import shown_value, value_at
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -30,7 +30,9 @@ _BOUNDS: Mapping[str, Callable[[dict[str, Any]], str]] = {
     "too_long": lambda ctx: f"may have at most {ctx['max_length']} items",
     "string_too_short": lambda ctx: "must not be empty",
     "string_too_long": lambda ctx: f"may have at most {ctx['max_length']} characters",
-    "string_pattern_mismatch": lambda ctx: "must be letters, digits, '.', '_' and '-', at most 64, letter or digit first",
+    "string_pattern_mismatch": lambda ctx: (
+        "must be letters, digits, '.', '_' and '-', at most 64, letter or digit first"
+    ),
 }
 
 
@@ -105,7 +107,8 @@ def _table_name(path: KeyPath) -> str:
 def _expected(item: Mapping[str, Any]) -> str:
     if words := _literals(item):
         return " or ".join(f'"{w}"' for w in words)
-    return _EXPECTED.get(item["type"], item["msg"][:1].lower() + item["msg"][1:])
+    message = str(item["msg"])
+    return _EXPECTED.get(item["type"], message[:1].lower() + message[1:])
 
 
 def _literals(item: Mapping[str, Any]) -> list[str]:
@@ -132,12 +135,10 @@ def _keys_at(path: KeyPath, values: Any, schema: dict[str, Any]) -> dict[str, st
     nodes = [schema]
     for part in path:
         nodes = [child for node in nodes for child in _children(node, part, schema)]
-        values = values[part] if isinstance(values, dict | list) else None
+        values = value_at(values, (part,)) if isinstance(values, dict | list) else None
         nodes = [n for node in nodes for n in _options(node, values, schema)]
     return {
-        key: str(field.get("description", ""))
-        for node in nodes
-        for key, field in node.get("properties", {}).items()
+        key: str(field.get("description", "")) for node in nodes for key, field in node.get("properties", {}).items()
     }
 
 

@@ -121,8 +121,11 @@ def _assign(document: Document, path: KeyPath, one: Document, source: Source) ->
         if isinstance(target, list):
             index = int(part) if str(part).isdecimal() else -1
             if not 0 <= index < len(target):
-                raise one.fail(path, f"{'.'.join(map(str, path[:depth]))} has {len(target)} items; "
-                                          f"{printable(str(part))} is not the index of one")
+                raise one.fail(
+                    path,
+                    f"{'.'.join(map(str, path[:depth]))} has {len(target)} items; "
+                    f"{printable(str(part))} is not the index of one",
+                )
             part = index
         elif isinstance(target, dict):
             if not last:

@@ -66,8 +66,7 @@ def select_layers(selector: Any, num_layers: int) -> tuple[int, ...]:
 
 def _centered(selector: Centered, num_layers: int) -> tuple[int, ...]:
     chosen = [
-        num_layers // 2 + (i - Fraction(selector.centered - 1, 2)) * selector.stride
-        for i in range(selector.centered)
+        num_layers // 2 + (i - Fraction(selector.centered - 1, 2)) * selector.stride for i in range(selector.centered)
     ]
     if any(idx.denominator != 1 for idx in chosen):
         raise ValueError(

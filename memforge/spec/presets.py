@@ -55,7 +55,7 @@ def preset_text(name: str) -> str:
     def described(path: KeyPath) -> str | None:
         tables = {"place": "PlaceRule", "pool": "ValuesSpec", "data": "FactsSpec"}
         table = tables.get(str(path[0]), f"{str(path[0]).capitalize()}Spec")
-        field = schema["$defs"].get(table, {}).get("properties", {}).get(path[-1], {})
-        return field.get("description")
+        description = schema["$defs"].get(table, {}).get("properties", {}).get(path[-1], {}).get("description")
+        return str(description) if description else None
 
     return to_toml(dict(PRESETS[name]), described)

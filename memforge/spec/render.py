@@ -56,9 +56,9 @@ def _add(table: Any, key: str, value: Any, path: KeyPath, comment: Comment) -> N
     item = _item(value, path, comment)
     table.add(key, item)
     note = comment(path)
-    if note and isinstance(table[key], Item) and not isinstance(value, dict) | (path[0] == "pool" and len(path) == 2):
-        table[key].comment(note)
-    elif note and isinstance(value, dict) and path[0] == "place":
+    if (
+        note and isinstance(table[key], Item) and not isinstance(value, dict) | (path[0] == "pool" and len(path) == 2)
+    ) or (note and isinstance(value, dict) and path[0] == "place"):
         table[key].comment(note)
 
 

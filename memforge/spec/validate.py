@@ -103,10 +103,8 @@ def _validate(values: dict[str, Any]) -> tuple[Spec | None, list[Problem]]:
     return spec, problems
 
 
-def _valid_part(
-    values: dict[str, Any], error: ValidationError
-) -> tuple[Spec | None, list[int], list[KeyPath]]:
-    """The largest part found by dropping offending keys, the rules it kept, and the keys dropped beside unknown ones."""
+def _valid_part(values: dict[str, Any], error: ValidationError) -> tuple[Spec | None, list[int], list[KeyPath]]:
+    """The largest part found by dropping offending keys, the rules it kept, and what was dropped that was known."""
     values = copy.deepcopy(values)
     trial, kept = values, list(range(len(values["place"]) if isinstance(values.get("place"), list) else 0))
     cut: list[KeyPath] = []

@@ -69,9 +69,7 @@ def evaluate_run(run_dir: Path, *, data_root: Path, device: str) -> dict[str, An
     corpus = load_corpus(plan, data_root)
     if corpus.description["corpus_sha256"] != trained_on:
         raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
-    scores = evaluate(
-        model, corpus.held_out, max_prompts=plan.run.eval.max_prompts, exact_match=corpus.exact_match
-    )
+    scores = evaluate(model, corpus.held_out, max_prompts=plan.run.eval.max_prompts, exact_match=corpus.exact_match)
     return summary | {"final": last | scores, "checkpoint": checkpoint.name}
 
 

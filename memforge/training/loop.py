@@ -196,9 +196,7 @@ def _checked(plan: Plan) -> TrainPlan:
         missing = [f"[{t}]" for t, given in (("data", plan.run.data), ("train", plan.run.train)) if given is None]
         raise UsageError(f"{plan.name}: training needs {' and '.join(missing)} in the spec")
     if low := sorted({row.dtype for row in plan.model.params if row.dtype != "float32"}):
-        raise UsageError(
-            f"{plan.name}: training a {low[0]} pool would lose small updates; set its dtype to float32"
-        )
+        raise UsageError(f"{plan.name}: training a {low[0]} pool would lose small updates; set its dtype to float32")
     return plan.run.train
 
 

@@ -62,7 +62,9 @@ def _(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[Tensor, Tensor, int],
+    output: tuple[Tensor, Tensor],
 ) -> None:
     query, sub_keys, _ = inputs
     _, slots = output

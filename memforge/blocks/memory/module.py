@@ -1,11 +1,11 @@
 """The product-key memory layer in torch."""
 
-import torch.nn.functional as F
-from memforge_kernels import product_key_topk
-from torch import Tensor, nn
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from memforge.blocks.memory.spec import MemoryPlan
+from memforge_kernels import product_key_topk
 
 
 class Memory(nn.Module):

@@ -1,11 +1,11 @@
 """A token-choice mixture of experts in torch."""
 
 import torch
-from memforge_kernels import grouped_linear
 from torch import Tensor, nn
 
 from memforge.blocks.ffn.module import activate
 from memforge.blocks.moe.spec import MoePlan
+from memforge_kernels import grouped_linear
 
 
 class Moe(nn.Module):

@@ -1,10 +1,10 @@
 """A pool of value rows in torch."""
 
 import torch
-from memforge_kernels import weighted_gather
 from torch import Tensor, nn
 
 from memforge.blocks.values.spec import ValuesPlan
+from memforge_kernels import weighted_gather
 
 
 class Values(nn.Module):

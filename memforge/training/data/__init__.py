@@ -18,8 +18,6 @@ def load_corpus(plan: Plan, data_root: Path) -> Corpus:
     if data is None or train is None:
         raise UsageError(f"{plan.name}: training needs the tables [data] and [train]")
     if isinstance(data, FactsSpec):
-        return facts_corpus(
-            data, vocab_size=plan.model.vocab_size, max_seq_len=plan.model.max_seq_len, seed=train.seed
-        )
+        return facts_corpus(data, vocab_size=plan.model.vocab_size, max_seq_len=plan.model.max_seq_len, seed=train.seed)
     window = train.seq_len + 1
     return text_corpus(data, root=data_root, vocab_size=plan.model.vocab_size, window=window, seed=train.seed)

@@ -24,9 +24,7 @@ def text_corpus(spec: TextSpec, *, root: Path, vocab_size: int, window: int, see
     if not documents:
         raise UsageError(f"data.path {printable(spec.path)}: no text in any .txt or .jsonl file")
     tokenizer = train_tokenizer(_sample(documents), vocab_size)
-    flat = np.fromiter(
-        (t for e in tokenizer.encode_batch(documents) for t in (END_ID, *e.ids)), dtype=np.int32
-    )
+    flat = np.fromiter((t for e in tokenizer.encode_batch(documents) for t in (END_ID, *e.ids)), dtype=np.int32)
     blocks = [flat[s] for s in split_evenly(len(flat) // window * window, window)]
     if len(blocks) < 2:
         raise UsageError(
@@ -39,9 +37,7 @@ def text_corpus(spec: TextSpec, *, root: Path, vocab_size: int, window: int, see
     return Corpus(
         tokenizer=tokenizer,
         units=Ragged.of(blocks[i].tolist() for i in kept),
-        held_out=HeldOut(
-            Ragged.of(blocks[i].tolist() for i in held), np.ones(num_held, dtype=np.int64)
-        ),
+        held_out=HeldOut(Ragged.of(blocks[i].tolist() for i in held), np.ones(num_held, dtype=np.int64)),
         description={
             "documents": len(documents),
             "tokens_per_epoch": len(kept) * window,
