@@ -88,7 +88,8 @@ class SpecError(MemforgeError):
     exit_code = 2
 
     def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
-        self.diagnostics = sorted(set(diagnostics), key=lambda d: (d.where.file, d.where.line, d.where.column))
+        once = dict.fromkeys(diagnostics)
+        self.diagnostics = sorted(once, key=lambda d: (d.where.file, d.where.line, d.where.column))
         assert self.diagnostics
         super().__init__("; ".join(f"{d.where}: {d.message}" for d in self.diagnostics))
 

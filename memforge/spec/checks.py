@@ -96,8 +96,10 @@ def _check_layers(spec: Spec, selected: list[tuple[int, ...]]) -> Iterator[Probl
     for kind in sorted(doubled):
         rule = next(i for i, r in enumerate(spec.place) if r.mode == "add" and r.block and r.block.kind == kind)
         yield Problem(("place", rule, "block", "kind"), f"adds a second `{kind}` to a layer that has one")
+    # A reader that names no pool at all may have meant this one; its own error says so.
+    misnamed = {name for name in read if name is not None} - set(spec.pool)
     for name in spec.pool:
-        if name not in read:
+        if name not in read and not misnamed:
             yield Problem(
                 ("pool", name),
                 f"no block reads the pool `{name}`",

@@ -149,6 +149,6 @@ def value_at(values: Any, path: KeyPath) -> Any:
 
 def shown_value(value: object) -> str:
     """A value as it would stand in the spec, shortened."""
-    plain = isinstance(value, str | bool | int | float)
+    plain = isinstance(value, str | bool)
     text = printable(json.dumps(value, ensure_ascii=False) if plain else repr(value))
     return text if len(text) <= 40 else text[:37] + "..."

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,10 @@ def _valid_part(values: dict[str, Any], error: ValidationError) -> tuple[Spec | 
             path = _restored(path[:-1] if item["type"] == "missing" else path, kept)
             if not path:
                 return None, [], cut
-            cut += [] if item["type"] == "extra_forbidden" else [path]
+            if item["type"] != "extra_forbidden":
+                cut.append(path)
+            elif len(path) == 1:  # perhaps a table that has another name
+                cut += [(name,) for name in get_close_matches(str(path[0]), Spec.model_fields)]
             paths.add(path)
         for path in sorted(paths, key=len, reverse=True):
             _drop(values, path)

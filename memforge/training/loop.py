@@ -126,6 +126,7 @@ class _Trainer:
         loss = F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
         self.optimizer.zero_grad(set_to_none=True)
         (loss + sum(extra.values())).backward()
+        loss = loss.detach()
         limit = run.clip_norm if run.clip_norm is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -135,7 +136,7 @@ class _Trainer:
             )
         set_rates(self.optimizer, rate_share(self.step, run))
         self.optimizer.step()
-        return loss.detach(), norm
+        return loss, norm
 
     def scores(self) -> dict[str, float]:
         limit, exact = self.plan.run.eval.max_prompts, self.corpus.exact_match

@@ -50,7 +50,7 @@ def weight_grad(grad: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     if values.dtype == grad.dtype and n * k:
         bag = torch.arange(n, device=slots.device)
         flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad.contiguous(), values, slots.reshape(-1), bag * k, bag.repeat_interleave(k), 0
+            grad.contiguous(), values, slots.reshape(-1).contiguous(), bag * k, bag.repeat_interleave(k), 0
         )
         return flat.view(n, k)
     rows = max(1, CHUNK_ELEMENTS // max(1, k * values.shape[1]))

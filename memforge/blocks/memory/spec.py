@@ -51,6 +51,11 @@ class MemorySpec(KindSpec):
     def check(self, site: Site) -> Iterator[Problem]:
         if self.key_dim % 2:
             yield Problem(("key_dim",), f"key_dim = {self.key_dim} is odd; a query is split into two halves")
+        if self.top_k == 1:
+            yield Problem(
+                ("top_k",),
+                "with top_k = 1 the softmax weight is always 1, so the query and the sub-keys would get no gradient",
+            )
         if self.pool is None:
             if self.num_sub_keys is None:
                 yield Problem((), "a memory block needs `pool` or its own `num_sub_keys`", at_key=True)
@@ -177,7 +182,7 @@ KIND = Kind(
     examples=(
         {"num_sub_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 16},
         {"num_sub_keys": 8, "num_heads": 2, "top_k": 8, "key_dim": 16, "gate": "swilu", "qk_norm": True},
-        {"num_sub_keys": 5, "num_heads": 1, "top_k": 1, "key_dim": 6, "gate": "sigmoid", "value_dim": 12},
+        {"num_sub_keys": 5, "num_heads": 1, "top_k": 2, "key_dim": 6, "gate": "sigmoid", "value_dim": 12},
         {"num_sub_keys": 6, "num_heads": 3, "top_k": 2, "key_dim": 2, "gate": "swilu", "value_dim": 20},
     ),
     summary="product-key memory over a pool of values",

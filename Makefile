@@ -1,0 +1,51 @@
+# make demo   validate, build, profile and train the three demo models; ends with one table
+# make test   everything that must hold; no GPU needed
+# make lint   make types
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+MODELS := dense memory moe
+
+.PHONY: demo test lint types format clean
+
+demo: $(READY)
+	@rm -rf .demo
+	@set -e; for model in $(MODELS); do \
+	    echo; echo "== memforge build specs/demo/$$model.toml"; \
+	    $(BIN)/memforge build specs/demo/$$model.toml --out .demo/build/$$model; \
+	done
+	@set -e; for model in memory moe; do \
+	    echo; echo "== memforge profile specs/demo/$$model.toml --against specs/demo/dense.toml"; \
+	    $(BIN)/memforge profile specs/demo/$$model.toml --against specs/demo/dense.toml; \
+	done
+	@set -e; for model in $(MODELS); do \
+	    echo; echo "== memforge train specs/demo/$$model.toml"; \
+	    $(BIN)/memforge train specs/demo/$$model.toml --out .demo/runs/$$model; \
+	done
+	@echo; echo "== memforge eval: each checkpoint, read back and scored on phrasings its facts were not trained in"
+	@$(BIN)/memforge eval $(MODELS:%=.demo/runs/%)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo build runs
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "memforge needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

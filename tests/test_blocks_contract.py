@@ -1,0 +1,100 @@
+"""What every registered kind must satisfy; a new kind is covered the moment it is registered."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from memforge.blocks import registry
+from memforge.blocks.base import Kind, KindPlan
+from memforge.build import build_model, count_flops, require_exact
+from memforge.cost import estimate
+from memforge.plan import ModelPlan, make_plan
+from memforge.spec.schema import Spec
+
+CASES = [(kind, i) for kind in registry().values() for i in range(len(kind.examples))]
+each_example = pytest.mark.parametrize(("kind", "i"), CASES, ids=[f"{k.name}-{i}" for k, i in CASES])
+
+
+def spec_with(kind: Kind, example: dict[str, Any]) -> Spec:
+    """A two-layer model whose layer 1 has the example as its mixer, block or pool."""
+    values: dict[str, Any] = {
+        "model": {"name": "x", "dim": 32, "num_layers": 2, "vocab_size": 64, "max_seq_len": 16},
+        "attention": {"num_heads": 2},
+        "ffn": {"hidden_dim": 16},
+    }
+    reader = {"kind": "memory", "num_heads": 2, "top_k": 3, "key_dim": 8, "pool": "p"}
+    if kind.role == "pool":
+        values |= {"pool": {"p": example}, "place": [{"layers": [1], "block": reader}]}
+    else:
+        values["place"] = [{"layers": [1], kind.role: {"kind": kind.name, **example}}]
+    return Spec.model_validate(values)
+
+
+def plan_with(kind: Kind, i: int) -> ModelPlan:
+    return make_plan(spec_with(kind, dict(kind.examples[i]))).model
+
+
+def part_of(plan: ModelPlan, kind: Kind) -> KindPlan:
+    layer = plan.layers[1]
+    return plan.pools[0] if kind.role == "pool" else (layer.mixer if kind.role == "mixer" else layer.blocks[0])
+
+
+@each_example
+def test_rows_are_the_named_parameters_and_flops_are_the_counters(kind: Kind, i: int) -> None:
+    require_exact(plan_with(kind, i))
+
+
+@each_example
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 1), (3, 7)])
+def test_flops_at_odd_shapes(kind: Kind, i: int, batch: int, seq_len: int) -> None:
+    plan = plan_with(kind, i)
+    assert estimate(plan, batch=batch, seq_len=seq_len).flops(executed=True) == count_flops(plan, batch, seq_len)
+
+
+@each_example
+def test_specs_and_plans_round_trip(kind: Kind, i: int) -> None:
+    spec = kind.spec.model_validate(dict(kind.examples[i]))
+    assert kind.spec.model_validate(spec.model_dump(by_alias=True)) == spec
+    part = part_of(plan_with(kind, i), kind)
+    assert part.kind == kind.name
+    assert TypeAdapter(kind.plan).validate_json(part.model_dump_json()) == part
+
+
+@each_example
+def test_every_parameter_learns_and_nothing_looks_ahead(kind: Kind, i: int) -> None:
+    model = build_model(plan_with(kind, i), seed=3).double()
+    tokens = torch.arange(20).view(2, 10) * 3 % 64
+    logits, losses = model(tokens)
+    (logits.square().mean() + sum(losses.values())).backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # One expert is always chosen with probability one, so its router has nothing to learn.
+    assert [name for name in silent if not (name.endswith("router.weight") and p_rows(model, name) == 1)] == []
+    changed = tokens.clone()
+    changed[:, 6:] += 1
+    with torch.no_grad():
+        before, after = model.eval()(tokens)[0], model(changed)[0]
+    assert torch.allclose(before[:, :6], after[:, :6], rtol=0, atol=1e-12)
+    assert not torch.allclose(before[:, 6:], after[:, 6:])
+
+
+def p_rows(model: torch.nn.Module, name: str) -> int:
+    return model.get_parameter(name).shape[0]
+
+
+@each_example
+def test_compiles_whole_and_agrees_with_eager(kind: Kind, i: int) -> None:
+    model = build_model(plan_with(kind, i), seed=1).eval()
+    tokens = torch.arange(16).view(2, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize("kind", registry().values(), ids=lambda k: k.name)
+def test_the_spec_of_a_kind_is_free_of_torch(kind: Kind) -> None:
+    code = f"import sys; import {kind.spec.__module__}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

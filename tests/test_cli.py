@@ -1,0 +1,134 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, SMALL, memforge, write
+
+DEMO = REPO / "specs" / "demo"
+# Any import of torch fails in this process, as where torch is not installed.
+NO_TORCH = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton", "numpy", "tokenizers"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+from memforge.cli import main
+sys.argv = ["memforge", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["check", DEMO / "memory.toml"],
+        ["schema"],
+        ["render", DEMO / "memory.toml"],
+        ["profile", DEMO / "memory.toml", "--json"],
+        ["profile", DEMO / "memory.toml", "--against", DEMO / "dense.toml"],
+        *([command, "--help"] for command in ("build", "train", "eval", "generate", "init")),
+    ],
+    ids=lambda args: " ".join(Path(str(a)).name for a in args),
+)
+def test_what_needs_no_torch_never_imports_it(args: list[object]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, *map(str, args)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_profile_json_has_the_promised_shape() -> None:
+    done = memforge("profile", DEMO / "memory.toml", "--json", "--against", DEMO / "dense.toml")
+    assert done.returncode == 0
+    cost = json.loads(done.stdout)
+    assert set(cost["params"]) >= {"total", "active", "by_kind"}
+    assert set(cost["flops_per_token"]) >= {"forward", "backward", "by_kind"}
+    assert len(cost["layers"]) == 6
+    assert cost["seq_len"] == 64
+    axes = cost["parity"]["axes"]
+    assert list(axes) == ["params", "active_params", "flops", "bytes"]
+    assert all(set(axis) == {"value", "baseline", "ratio", "tolerance", "ok"} for axis in axes.values())
+    assert axes["flops"]["value"] == cost["flops_per_token"]["forward"] + cost["flops_per_token"]["backward"]
+    assert axes["params"]["value"] == cost["params"]["total"]
+    assert axes["flops"]["ok"] is cost["parity"]["ok"] is True
+
+
+def test_profile_fails_only_when_asked_to_compare(tmp_path: Path) -> None:
+    write(tmp_path / "dense.toml", SMALL)
+    claim = '\n[parity]\nagainst = "dense.toml"\n'
+    spec = write(tmp_path / "wide.toml", SMALL.replace("hidden_dim = 48", "hidden_dim = 300") + claim)
+    alone = memforge("profile", spec, "--json")
+    assert (alone.returncode, json.loads(alone.stdout)["parity"]["ok"]) == (0, False)
+    for extra in ([], ["--json"]):
+        assert memforge("profile", spec, "--against", tmp_path / "dense.toml", *extra).returncode == 1
+    loose = memforge("profile", spec, "--against", tmp_path / "dense.toml", "--tolerance", "flops=9")
+    assert loose.returncode == 0
+    trained = memforge("train", spec, "--out", tmp_path / "run")
+    assert (trained.returncode, "parity fails" in trained.stderr) == (1, True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["check", "absent.toml"], 2),
+        (["check"], 2),
+        (["chekc", "x.toml"], 2),
+        (["check", "small.toml", "--set", "train.steps"], 2),
+        (["profile", "small.toml", "--seq-len", "0"], 2),
+        (["profile", "small.toml", "--seq-len", "many"], 2),
+        (["profile", "small.toml", "--against", "absent.toml"], 2),
+        (["profile", "small.toml", "--tolerance", "flops=1"], 2),
+        (["profile", "small.toml", "--against", "small.toml", "--tolerance", "speed=1"], 2),
+        (["build", "small.toml", "--out", "small.toml"], 4),
+        (["train", "small.toml", "--device", "tpu"], 2),
+        (["train", "small.toml", "--set", "data.num_facts=1000000"], 2),
+        (["train", "."], 2),
+        (["train", "small.toml", "--out", "small.toml/run"], 4),
+        (["eval", "absent"], 4),
+        (["eval", "."], 4),
+        (["generate", "absent", "--prompt", "x"], 4),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_mistakes_have_an_exit_code_and_one_screen(small: Path, args: list[str], code: int) -> None:
+    done = memforge(*args, cwd=small.parent, COLUMNS="200")
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert 1 <= len(done.stderr.splitlines()) <= 25
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+    assert [p.name for p in small.parent.iterdir()] == ["small.toml"]
+
+
+def test_check_is_one_line(small: Path) -> None:
+    done = memforge("check", small)
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 1
+    assert ": ok: small, 4 layers, " in done.stdout
+
+
+def test_errors_are_never_wrapped_off_a_terminal(small: Path, tmp_path: Path) -> None:
+    deep = write(tmp_path / ("d" * 100) / ("e" * 100) / "bad.toml", SMALL.replace("num_facts = 12", "num_fact = 12"))
+    done = memforge("check", deep, COLUMNS="20", NO_COLOR="1")
+    assert done.stderr.splitlines()[0] == f"{deep}:28:1: unknown key `num_fact`"
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    command = f"{sys.executable} -m memforge schema | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=dict(os.environ))
+    assert done.stderr == ""
+
+
+def test_help_and_commands_stay_what_they_are(golden: object) -> None:
+    text = "".join(memforge(*args, COLUMNS="100").stdout for args in (["--help"], ["train", "--help"]))
+    golden("help.txt", text)  # type: ignore[operator]

@@ -1,0 +1,265 @@
+"""The ops against their references in float64, and as torch sees them."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from memforge_kernels import FLOP_FORMULAS, grouped_linear, product_key_topk, weighted_gather
+from memforge_kernels.grouped_linear import reference as grouped_reference
+from memforge_kernels.product_key_topk import reference as topk_reference
+from memforge_kernels.product_key_topk.op import candidate_pairs
+from memforge_kernels.topk import topk_ties_low
+from memforge_kernels.weighted_gather import reference as gather_reference
+
+U32 = 2.0**-24
+# Tokens, rows per bag, slots, width: ones, odd sizes, more rows than slots.
+GATHER_SHAPES = [(1, 1, 1, 1), (7, 5, 3, 13), (16, 8, 64, 32), (3, 33, 10, 100), (0, 4, 5, 6)]
+
+
+def bag(n: int, k: int, m: int, v: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(m, v, generator=g, dtype=torch.float64).to(dtype)
+    slots = torch.randint(m, (n, k), generator=g)
+    weights = torch.randn(n, k, generator=g, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+    return values, slots, weights
+
+
+@pytest.mark.parametrize("shape", GATHER_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots_of", ["random", "equal", "strided"])
+def test_gather_and_its_gradients_stay_within_rounding(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, slots_of: str
+) -> None:
+    """|y - ref64| <= 2 n 2^-24 sum|s_i w_i| + u_out |ref|, n the terms of the sum, for the output and each gradient."""
+    n, k, m, v = shape
+    values, slots, weights = bag(n, k, m, v, dtype)
+    if slots_of == "equal":
+        slots = torch.zeros_like(slots)
+    if slots_of == "strided":
+        slots, weights = slots.repeat(1, 2)[:, ::2], weights.T.contiguous().T
+    weights.requires_grad_()
+    values.requires_grad_()
+    out = weighted_gather(values, slots, weights)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    out.backward(grad)
+
+    v64, w64, g64 = values.detach().double(), weights.detach().double(), grad.double()
+    rows = v64[slots]
+    terms = torch.zeros(m, v, dtype=torch.float64).index_add(
+        0, slots.flatten(), (w64[..., None] * g64[:, None]).flatten(0, 1)
+    )
+    sizes = torch.zeros(m, v, dtype=torch.float64).index_add(
+        0, slots.flatten(), (w64[..., None] * g64[:, None]).abs().flatten(0, 1)
+    )
+    counts = torch.bincount(slots.flatten(), minlength=m)[:, None]
+    u_values = torch.finfo(dtype).eps
+    checks = [
+        (out, (w64[..., None] * rows).sum(1), (w64[..., None] * rows).abs().sum(1), k, U32),
+        (weights.grad, (rows * g64[:, None]).sum(-1), (rows * g64[:, None]).abs().sum(-1), v, U32),
+        (values.grad, terms, sizes, counts, u_values),
+    ]
+    for got, ref, size, num_terms, unit in checks:
+        assert got is not None
+        bound = 2 * num_terms * U32 * size + unit * ref.abs()
+        assert ((got.double() - ref).abs() <= bound).all()
+
+
+def test_gather_agrees_with_its_reference() -> None:
+    values, slots, weights = bag(9, 4, 20, 6, torch.float64)
+    assert torch.allclose(
+        weighted_gather(values, slots, weights), gather_reference.weighted_gather(values, slots, weights), rtol=1e-12
+    )
+    assert torch.autograd.gradcheck(
+        lambda v, w: weighted_gather(v, slots, w), (values.requires_grad_(), weights.requires_grad_())
+    )
+
+
+def test_frozen_values_get_no_gradient() -> None:
+    values, slots, weights = bag(4, 3, 8, 5, torch.float32)
+    weighted_gather(values, slots, weights.requires_grad_()).sum().backward()
+    assert values.grad is None
+    assert weights.grad is not None
+
+
+def test_value_gradients_are_the_same_bits_every_time() -> None:
+    values, slots, weights = bag(500, 16, 7, 33, torch.float32)
+    grads = []
+    for _ in range(5):
+        leaf = values.clone().requires_grad_()
+        weighted_gather(leaf, slots, weights).square().sum().backward()
+        grads.append(leaf.grad)
+    assert all(torch.equal(g, grads[0]) for g in grads)
+
+
+@pytest.mark.parametrize(
+    ("values", "slots", "weights", "message"),
+    [
+        (torch.zeros(4, 2), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1), "slots, weights"),
+        (torch.zeros(4), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2), r"values \[m, v\]"),
+        (torch.zeros(4, 2), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, 2), "int64"),
+    ],
+)
+def test_gather_names_the_sizes_that_do_not_fit(values: Tensor, slots: Tensor, weights: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weighted_gather(values, slots, weights)
+
+
+TOPK_SHAPES = [(1, 1, 2, 2, 1), (5, 3, 8, 7, 4), (4, 2, 16, 40, 32), (6, 1, 6, 5, 5), (0, 2, 4, 4, 2)]
+
+
+@pytest.mark.parametrize(("n", "h", "q", "s", "k"), TOPK_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_finds_what_scoring_every_slot_finds(n: int, h: int, q: int, s: int, k: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(n)
+    query = torch.randn(n, h, q, generator=g, dtype=dtype)
+    sub_keys = torch.randn(h, 2, s, q // 2, generator=g, dtype=dtype)
+    scores, slots = product_key_topk(query, sub_keys, k)
+    expected, _ = topk_reference.product_key_topk(query, sub_keys, k)
+    assert torch.equal(scores, expected)
+    assert ((slots >= 0) & (slots < s * s)).all()
+    # The scores belong to the slots: score them again, one by one.
+    halves = query.view(n, h, 2, q // 2)
+    keys = torch.stack((sub_keys[:, 0].unsqueeze(0).expand(n, -1, -1, -1), sub_keys[:, 1].expand(n, -1, -1, -1)))
+    idx = torch.stack((slots // s, slots % s))[..., None].expand(-1, -1, -1, -1, q // 2)
+    again = (keys.gather(3, idx) * halves.permute(2, 0, 1, 3)[:, :, :, None]).sum((0, -1))
+    assert torch.allclose(again, scores, rtol=1e-4, atol=1e-5)
+
+
+def test_topk_gradients() -> None:
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(4, 2, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    sub_keys = torch.randn(2, 2, 5, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, s: product_key_topk(q, s, 3)[0], (query, sub_keys))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_go_to_the_lowest_slot(dtype: torch.dtype) -> None:
+    sub_keys = torch.ones(1, 2, 6, 2, dtype=dtype)
+    _, slots = product_key_topk(torch.ones(3, 1, 4, dtype=dtype), sub_keys, 4)
+    assert slots.tolist() == [[[0, 1, 2, 3]]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nan_query_is_seen_by_the_loss(dtype: torch.dtype) -> None:
+    query = torch.full((1, 1, 4), math.nan, dtype=dtype)
+    scores, slots = product_key_topk(query, torch.randn(1, 2, 6, 2, dtype=dtype), 5)
+    assert slots.tolist() == [[[0, 1, 2, 3, 4]]]
+    assert scores.isnan().all()
+    assert scores.softmax(-1).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_topk_orders_like_a_stable_sort(dtype: torch.dtype) -> None:
+    special = [0.0, -0.0, 1.5, -1.5, math.inf, -math.inf, 1e-45, -1e-45, 3e38, 1.5, 0.0]
+    scores = torch.tensor(special, dtype=dtype)
+    index = torch.arange(len(special)).flip(0)
+    best, chosen = topk_ties_low(scores, index, 9)
+    pairs = sorted(zip(special, index.tolist(), strict=True), key=lambda p: (-p[0], p[1]))[:9]
+    assert best.tolist() == torch.tensor([p[0] for p in pairs], dtype=dtype).tolist()
+    assert chosen.tolist() == [p[1] for p in pairs]
+
+
+def test_slots_beyond_int32_keep_their_value() -> None:
+    s = 50_000  # s * s = 2.5e9 > 2**31
+    sub_keys = torch.zeros(1, 2, s, 1)
+    sub_keys[0, :, s - 1] = 1.0
+    _, slots = product_key_topk(torch.ones(1, 1, 2), sub_keys, 1)
+    assert slots.item() == s * s - 1
+
+
+@pytest.mark.parametrize(("k", "pairs"), [(1, 1), (2, 3), (32, 119)])
+def test_few_pairs_can_win(k: int, pairs: int) -> None:
+    assert len(candidate_pairs(k)[0]) == pairs
+
+
+@pytest.mark.parametrize(
+    ("query", "keys", "k", "message"),
+    [
+        ((2, 1, 4), (1, 2, 6, 2), 7, "k = 7 must be 1 to s = 6"),
+        ((2, 3, 4), (1, 2, 6, 2), 2, "does not fit"),
+        ((2, 1, 4), (1, 3, 6, 2), 2, "needs query"),
+    ],
+)
+def test_topk_names_the_sizes_that_do_not_fit(
+    query: tuple[int, ...], keys: tuple[int, ...], k: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        product_key_topk(torch.zeros(query), torch.zeros(keys), k)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 5, 1), (0, 0, 0, 0), (9,)])
+def test_grouped_linear_agrees_with_its_reference(sizes: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    offsets = torch.tensor(sizes).cumsum(0)
+    x = torch.randn(sum(sizes), 4, generator=g, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(len(sizes), 4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    expected = grouped_reference.grouped_linear(x, weights, offsets)
+    assert torch.allclose(grouped_linear(x, weights, offsets), expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda a, w: grouped_linear(a, w, offsets), (x, weights))
+
+
+@pytest.mark.parametrize("offsets", [[2, 5], [5, 4], [3, 6, 9]])
+def test_grouped_linear_refuses_offsets_that_do_not_cover_the_rows(offsets: list[int]) -> None:
+    with pytest.raises(ValueError, match="offsets"):
+        grouped_linear(torch.zeros(4, 2), torch.zeros(2, 2, 2), torch.tensor(offsets))
+
+
+def op_arguments() -> dict[str, tuple[object, tuple[object, ...]]]:
+    values, slots, weights = bag(6, 3, 10, 4, torch.float32)
+    grad = torch.randn(6, 4)
+    x, experts, offsets = torch.randn(6, 4), torch.randn(3, 4, 5), torch.tensor([2, 2, 6])
+    ops = torch.ops.memforge
+    return {
+        "weighted_gather": (ops.weighted_gather, (values.requires_grad_(), slots, weights.requires_grad_())),
+        "weight_grad": (ops.weighted_gather_weight_grad, (grad, values.detach(), slots)),
+        "value_grad": (ops.weighted_gather_value_grad, (grad, slots, weights.detach(), 10)),
+        "product_key_topk": (
+            ops.product_key_topk,
+            (torch.randn(5, 2, 6, requires_grad=True), torch.randn(2, 2, 7, 3, requires_grad=True), 3),
+        ),
+        "grouped_linear": (ops.grouped_linear, (x.requires_grad_(), experts.requires_grad_(), offsets)),
+        "grouped_weight_grad": (ops.grouped_linear_weight_grad, (x.detach(), torch.randn(6, 5), offsets)),
+    }
+
+
+@pytest.mark.parametrize("name", list(op_arguments()))
+def test_torch_accepts_the_registration(name: str) -> None:
+    op, args = op_arguments()[name]
+    torch.library.opcheck(op.default, args)
+
+
+def test_every_op_has_a_flop_formula() -> None:
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("memforge::")
+    }
+    assert registered == {op.__name__ for op in FLOP_FORMULAS}
+
+
+def counted(function: object, *args: object) -> int:
+    with FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as counter:
+        function(*args)  # type: ignore[operator]
+    return counter.get_total_flops()
+
+
+def test_formulas_equal_the_count_of_the_plain_torch_definitions() -> None:
+    """The reference is made of matrix products that torch counts by itself, so no formula is checked by itself."""
+    values, slots, weights = bag(6, 3, 10, 4, torch.float32)
+    gather = [
+        counted(lambda f: f(values.requires_grad_(), slots, weights.requires_grad_()).sum().backward(), f)
+        for f in (weighted_gather, gather_reference.weighted_gather)
+    ]
+    x, experts, offsets = torch.randn(6, 4), torch.randn(3, 4, 5), torch.tensor([2, 2, 6])
+    grouped = [
+        counted(lambda f: f(x.requires_grad_(), experts.requires_grad_(), offsets).sum().backward(), f)
+        for f in (grouped_linear, grouped_reference.grouped_linear)
+    ]
+    query, sub_keys = torch.randn(5, 2, 6), torch.randn(2, 2, 7, 3)
+    topk = [counted(f, query, sub_keys, 3) for f in (product_key_topk, topk_reference.product_key_topk)]
+    assert gather == [3 * 2 * 6 * 3 * 4] * 2
+    assert grouped == [3 * 2 * 6 * 4 * 5] * 2
+    assert topk == [2 * 5 * 2 * 7 * 6] * 2

@@ -1,0 +1,161 @@
+"""What a user reads when a spec is wrong."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, memforge, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memforge.errors import SpecError
+from memforge.report.diagnostics import MAX_LINES, render
+from memforge.spec import load_spec
+
+HEADLINE = re.compile(r"^\S+:\d+:\d+: \S")
+
+# name -> (text to replace in SMALL, replacement); each becomes one golden file.
+EDITS = {
+    "unknown-key": ("num_kv_heads = 2", "num_kv_head = 2"),
+    "unknown-table": ("[ffn]", "[fnn]"),
+    "wrong-type": ("dim = 32\n", 'dim = "32"\n'),
+    "out-of-bounds": ("num_layers = 4", "num_layers = 0"),
+    "not-finite": ("learning_rate = 1e-3", "learning_rate = nan"),
+    "unknown-word": ('gate = "swilu"', 'gate = "swiglu"'),
+    "unknown-kind": ('kind = "moe"', 'kind = "mow"'),
+    "missing-key": ("num_facts = 12\n", ""),
+    "layer-outside": ("layers = [0, 2]", "layers = [0, 7]"),
+    "off-centre": ("layers = [0, 2]", "layers = { centered = 2, stride = 1 }"),
+    "unknown-pool": ('pool = "facts"', 'pool = "fact"'),
+    "top-k-over-sub-keys": ("top_k = 4", "top_k = 9"),
+    "odd-key-dim": ("key_dim = 16", "key_dim = 15"),
+    "readers-disagree": ('pool = "facts",', 'pool = "facts", num_sub_keys = 16,'),
+    "top-k-over-experts": ("top_k = 2", "top_k = 5"),
+    "heads-do-not-divide": ("num_heads = 4\n", "num_heads = 5\n"),
+    "broken-toml": ("hidden_dim = 48", "hidden_dim = = 48"),
+    "defined-twice": ("hidden_dim = 48", "hidden_dim = 48\nhidden_dim = 49"),
+    "unread-pool": ("[ffn]", "[pool.unused]\nnum_sub_keys = 4\n\n[ffn]"),
+    "small-vocabulary": ("vocab_size = 300", "vocab_size = 200"),
+    "missing-data": ('kind = "facts"\nnum_facts = 12', 'kind = "text"\npath = "absent.txt"'),
+}
+
+
+def errors_of(path: Path) -> list[str]:
+    with pytest.raises(SpecError) as caught:
+        load_spec(path, require_data=True)
+    return render(caught.value.diagnostics)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_each_mistake_reads_as_its_golden_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
+    before, after = EDITS[name]
+    assert before in SMALL
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "bad.toml", SMALL.replace(before, after, 1))
+    lines = errors_of(Path("bad.toml"))
+    assert HEADLINE.match(lines[0])
+    golden(f"errors/{name}.txt", "\n".join(lines) + "\n")
+
+
+def test_all_errors_of_a_file_come_at_once_in_source_order(small: Path) -> None:
+    text = SMALL
+    for name in ("unknown-key", "layer-outside", "odd-key-dim", "unknown-kind", "not-finite"):
+        text = text.replace(*EDITS[name], 1)
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(small, text))
+    where = [d.where.line for d in caught.value.diagnostics]
+    keys = [d.key[-1] for d in caught.value.diagnostics]
+    assert where == sorted(where)
+    assert keys == ["num_kv_head", 1, "key_dim", "kind", "learning_rate"]
+
+
+def test_a_misspelt_required_key_is_one_error(small: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(small, SMALL.replace("num_layers", "num_layer")))
+    assert [d.message for d in caught.value.diagnostics] == ["unknown key `num_layer`"]
+
+
+def test_at_most_25_lines_and_the_rest_counted(small: Path) -> None:
+    extra = "".join(f"key_{i} = {i}\n" for i in range(60))
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(small, SMALL.replace("[ffn]\n", f"[ffn]\n{extra}")))
+    lines = render(caught.value.diagnostics)
+    assert len(caught.value.diagnostics) == 60
+    assert len(lines) == MAX_LINES
+    assert lines[1].lstrip().startswith("13 | key_0 = 0")
+    assert lines[-1] == f"and {60 - sum(bool(HEADLINE.match(line)) for line in lines)} more"
+
+
+def test_columns_count_characters_and_tabs(small: Path) -> None:
+    text = SMALL.replace("hidden_dim = 48", 'hidden_dim = 48\n\tactivation = "é", ').replace('"é", ', '"ééé"')
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(small, text))
+    (error,) = caught.value.diagnostics
+    assert (error.where.line, error.where.column, error.where.end_column) == (14, 15, 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the table [model] is required"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "not a UTF-8 text file"),
+        (b"a = 1\0", "not valid TOML"),
+        (b"x = " + b"[" * 100_000, "nested more than"),
+        (b"a" + b".a" * 50_000 + b" = 1", "dotted key"),
+        (b"x = " + b"9" * 100_000, "digits"),
+        (b"#" * 300_000, "larger than"),
+    ],
+    ids=["empty", "binary", "nul", "nested", "dotted", "digits", "large"],
+)
+def test_hostile_files_are_refused_with_a_position(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "hostile.toml"
+    path.write_bytes(content)
+    lines = errors_of(path)
+    assert message in lines[0]
+    assert HEADLINE.match(lines[0])
+    assert len(lines) <= MAX_LINES
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory"])
+def test_what_is_not_a_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.toml"
+    if kind == "directory":
+        path.mkdir()
+    assert ("no such file" if kind == "missing" else "not a regular file") in errors_of(path)[0]
+
+
+def test_control_characters_are_escaped(small: Path) -> None:
+    (line, *_) = errors_of(write(small, SMALL.replace("[ffn]\n", '[ffn]\n"\\u001b[31m" = 1\n')))
+    assert "\x1b" not in line
+    assert "\\x1b[31m" in line
+
+
+def test_json_has_every_error_and_exit_code_2(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.toml", SMALL.replace("num_kv_heads = 2", "num_kv_head = 2"))
+    done = memforge("check", path, "--json")
+    assert done.returncode == 2
+    record = json.loads(done.stdout)
+    assert record["ok"] is False
+    (error,) = record["errors"]
+    assert (error["line"], error["column"], error["key"]) == (10, 1, "attention.num_kv_head")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_mutated_specs_load_or_explain(small: Path, data: st.DataObject) -> None:
+    """Cut, double or replace a stretch of a good spec: it loads, or every error names a line that exists."""
+    start = data.draw(st.integers(0, len(SMALL)))
+    end = data.draw(st.integers(start, min(len(SMALL), start + 40)))
+    middle = data.draw(st.sampled_from(["", SMALL[start:end] * 2, "=", "[", "]]", '"', "1e400", "-1", "\n", "é", "{}"]))
+    text = SMALL[:start] + middle + SMALL[end:]
+    try:
+        load_spec(write(small, text))
+    except SpecError as error:
+        lines = render(error.diagnostics)
+        assert 1 <= len(lines) <= MAX_LINES
+        for d in error.diagnostics:
+            assert d.where.text == text.split("\n")[d.where.line - 1]
