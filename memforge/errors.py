@@ -32,13 +32,18 @@ class Position:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something a check found wrong, by key path. `related` names the other ends of a conflict."""
+    """Something a check found wrong, by key path.
+
+    `related` names the other ends of a conflict. `depends` names the keys without which there would be no problem: if
+    one of them is wrong itself, that is said instead.
+    """
 
     key: KeyPath
     message: str
     help: str | None = None
     related: tuple[tuple[KeyPath, str], ...] = ()
     at_key: bool = False
+    depends: tuple[KeyPath, ...] = ()
 
 
 @dataclass(frozen=True)

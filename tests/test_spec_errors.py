@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,110 @@ def test_mutated_specs_load_or_explain(small: Path, data: st.DataObject) -> None
         assert 1 <= len(lines) <= MAX_LINES
         for d in error.diagnostics:
             assert d.where.text == text.split("\n")[d.where.line - 1]
+
+
+# What once crashed, misled or stalled: (replacements in SMALL, key and line of each error expected).
+REGRESSIONS = {
+    "table-prefix-typo": ([("[pool.facts]", "[pol.facts]")], [("pol", 15)]),
+    "pool-is-a-number": ([("[pool.facts]\nnum_sub_keys = 8", ""), ("[model]", "pool = 5\n[model]")], [("pool", 1)]),
+    "pool-named-pool": ([("[pool.facts]", "[pool.pool]"), ("top_k = 4", 'top_k = "x"')], [("pool", 20), ("top_k", 20)]),
+    "kind-is-a-table": ([("steps = 4", "kind = {}\nsteps = 4")], [("kind", 31)]),
+    "kind-as-a-key": (
+        [('kind = "memory",', 'kind = "memory", memory = 1,'), ("top_k = 4", 'top_k = "x"')],
+        [("memory", 20), ("top_k", 20)],
+    ),
+    "a-word-and-a-combination": (
+        [('gate = "swilu"', 'gate = "swil"'), ("key_dim = 16", "key_dim = 15")],
+        [("key_dim", 20), ("gate", 20)],
+    ),
+    "a-required-key-and-a-combination": (
+        [("num_layers = 4", "num_layer = 4"), ("top_k = 2", "top_k = 5")],
+        [("num_layer", 4), ("top_k", 24)],
+    ),
+    "a-bad-rule-and-an-unread-pool": (
+        [("layers = [3]", "layers = [9]"), ("[ffn]", "[pool.b]\nnum_sub_keys = 4\n[ffn]")],
+        [("b", 12), (0, 25)],
+    ),
+    "a-rule-that-was-dropped": (
+        [
+            ("layers = [3]", 'layers = ["x"]'),
+            ("[data]", '[[place]]\nlayers = [3]\nmode = "add"\nblock = { kind = "ffn", hidden_dim = 4 }\n[data]'),
+        ],
+        [(0, 23)],
+    ),
+    "dotted-unknown-key": ([("layers = [3]", "layers = [3]\nblock.zz = 1"), ('block = { kind = "moe"', "#")], None),
+    "hex-digits": ([("dim = 32", "dim = 0x" + "f" * 5000)], [None]),
+    "quotes-hide-brackets": ([("[data]", 'x = ["""a"""", ' + "[" * 400 + "]" * 400 + "]\n[data]")], [None]),
+    "newline-in-a-name": ([('pool = "facts"', 'pool = "fa\\ncts"')], [("pool", 20)]),
+    "toml-1.1-escape": ([('kind = "facts"', 'kind = "f\\x61cts"')], []),
+}
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_what_once_went_wrong(name: str, small: Path) -> None:
+    edits, expected = REGRESSIONS[name]
+    text = SMALL
+    for before, after in edits:
+        assert before in text
+        text = text.replace(before, after, 1)
+    write(small, text)
+    if expected == []:
+        load_spec(small)
+        return
+    with pytest.raises(SpecError) as caught:
+        load_spec(small)
+    lines = render(caught.value.diagnostics)
+    assert all("\n" not in line and len(line) < 400 for line in lines)
+    if expected and None not in expected:
+        assert [(d.key[-1], d.where.line) for d in caught.value.diagnostics] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SMALL + " " * 200_000,
+        SMALL + "x" + " " * 200_000 + "= 1",
+        SMALL + '\\"' * 100_000,
+        SMALL + '\\"""\n' * 40_000,
+        SMALL + "".join(f"a{i} = 1\n" for i in range(20_000)),
+        SMALL + "[[place]]\n" * 20_000,
+        "place = [" + "1, " * 80_000 + "]\n" + SMALL,
+    ],
+    ids=["spaces", "spaces-before-equals", "quotes", "triple-quotes", "unknown-keys", "rules", "rule-scalars"],
+)
+def test_large_files_are_read_in_linear_time(small: Path, text: str) -> None:
+    """Each of these took more than 15 seconds where a scan or a lookup was quadratic; the bound is far from both."""
+    write(small, text)
+    began = time.process_time()
+    with suppress(SpecError):
+        load_spec(small)
+    assert time.process_time() - began < 8
+
+
+def test_carets_stand_under_what_they_mean(small: Path) -> None:
+    for name in ("f\u00a0cts", "日本", "a\tb"):
+        write(small, SMALL.replace('"memory", pool = "facts"', f'"memory", pool = "{name}", top_j = 1'))
+        lines = errors_of(small)
+        code, carets = lines[-2], lines[-1]
+        shown = code[: cell_index(code, carets.index("^"))]
+        assert shown.endswith(", "), (code, carets)
+
+
+def cell_index(text: str, cells: int) -> int:
+    from rich.cells import cell_len
+
+    return next(i for i in range(len(text) + 1) if cell_len(text[:i]) >= cells)
+
+
+@pytest.mark.parametrize("name", ["loop.toml", "a" * 300])
+@pytest.mark.parametrize("key", ["extends", "against", "path"])
+def test_paths_that_cannot_be_followed_have_a_position(tmp_path: Path, name: str, key: str) -> None:
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    text = {
+        "extends": f'extends = "{name}"\n',
+        "against": SMALL + f'[parity]\nagainst = "{name}"\n',
+        "path": SMALL.replace('kind = "facts"\nnum_facts = 12', f'kind = "text"\npath = "{name}"'),
+    }[key]
+    (line, *_) = errors_of(write(tmp_path / "s.toml", text))
+    assert HEADLINE.match(line)
+    assert "cannot be followed" in line or "can be followed" in line or "no such file" in line

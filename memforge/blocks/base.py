@@ -184,5 +184,6 @@ def unknown(key: KeyPath, what: str, name: str, known: list[str]) -> Problem:
     from difflib import get_close_matches
 
     close = get_close_matches(name, known, n=1, cutoff=0.5)
-    listed = ", ".join(known) if known else "none is defined"
-    return Problem(key, f"no {what} named `{name}`", f"did you mean `{close[0]}`?" if close else f"known: {listed}")
+    listed = f"known: {', '.join(known)}" if known else f"no {what} is defined"
+    hint = f"did you mean `{close[0]}`?" if close else listed
+    return Problem(key, f"no {what} named `{name}`", hint, depends=((what, name),))

@@ -3,7 +3,8 @@
 import os
 import sys
 import traceback
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -31,7 +32,8 @@ class _Group(TyperGroup):
             plain("interrupted", stderr=True)
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            raise
+            _forget_stdout()
+            raise typer.Exit(0) from None
         except MemoryError:
             plain("out of memory", stderr=True)
             raise typer.Exit(3) from None
@@ -106,16 +108,19 @@ for _module in (specs, model, runs):
 
 def main() -> None:
     """The console script. A reader that closes the pipe early ends the program quietly."""
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     try:
         app()
-    except BrokenPipeError:
-        _forget_stdout()
-        sys.exit(0)
     finally:
         try:
             sys.stdout.flush()
-        except (BrokenPipeError, OSError, ValueError):
+        except (OSError, ValueError):
             _forget_stdout()
+
+
+def _nowhere() -> TextIO:
+    """Where output goes when the stream was closed before the program started."""
+    return Path(os.devnull).open("w")
 
 
 def _forget_stdout() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from memforge.cli.options import DataRoot, Json, Set, SpecPath, SpecRoot, load
-from memforge.errors import StorageError, UsageError
+from memforge.errors import StorageError, UsageError, printable
 from memforge.report.console import plain, print_json
 
 
@@ -51,7 +51,7 @@ def check(
         return
     verdict = f"; parity with {parity.baseline} {'holds' if parity.ok else 'FAILS'}" if parity else ""
     plain(
-        f"{spec}: ok: {plan.name}, {plan.model.num_layers} layers, {axes['params']:,} parameters "
+        f"{printable(str(spec))}: ok: {plan.name}, {plan.model.num_layers} layers, {axes['params']:,} parameters "
         f"({axes['active_params']:,} active), {si(axes['flops'], 'FLOP')} per token{verdict}"
     )
 

@@ -2,18 +2,21 @@
 
 import json
 import sys
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
 
-PIPED_WIDTH = 120
+# Tables are never narrower than their numbers: a terminal folds long lines, a file has no width at all.
+MIN_WIDTH, PIPED_WIDTH = 110, 10_000
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console that fits its stream; NO_COLOR and terminal width are respected by rich."""
     stream = sys.stderr if stderr else sys.stdout
-    on_terminal = stream.isatty()
-    return Console(file=stream, width=None if on_terminal else PIPED_WIDTH, highlight=False, emoji=False)
+    screen = Console(file=stream, highlight=False, emoji=False)
+    width = max(MIN_WIDTH, screen.width) if screen.is_terminal else PIPED_WIDTH
+    return Console(file=stream, width=width, highlight=False, emoji=False)
 
 
 def print_json(record: Any) -> None:
@@ -23,4 +26,5 @@ def print_json(record: Any) -> None:
 
 def plain(text: str, *, stderr: bool = False) -> None:
     """One line, exactly as it is: never wrapped, never interpreted."""
-    (sys.stderr if stderr else sys.stdout).write(text + "\n")
+    with suppress(OSError) if stderr else nullcontext():  # an error that cannot be told still has its exit code
+        (sys.stderr if stderr else sys.stdout).write(text + "\n")

@@ -60,14 +60,23 @@ def layer_table(cost: dict[str, Any]) -> Table:
 
 
 def ranges(indices: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
+    """[0, 1, 2, 5] as "0-2, 5" and [1, 3, 5, 7] as "1, 3 .. 7"."""
+    parts, i = [], 0
+    while i < len(indices):
+        step = indices[i + 1] - indices[i] if i + 1 < len(indices) else 0
+        j = i + 1
+        while j + 1 < len(indices) and indices[j + 1] - indices[j] == step:
+            j += 1
+        first, last = indices[i], indices[min(j, len(indices) - 1)]
+        if step == 1:
+            parts.append(f"{first}-{last}")
+        elif step and j - i >= 3:
+            parts.append(f"{first}, {indices[i + 1]} .. {last}")
         else:
-            runs.append([i, i])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+            parts.append(str(first))
+            j = i
+        i = j + 1
+    return ", ".join(parts)
 
 
 def parity_table(parity: dict[str, Any]) -> Table:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+
 from memforge.errors import Diagnostic, Position, dotted, printable
 
 MAX_LINES = 25
@@ -28,24 +30,32 @@ def render(diagnostics: Sequence[Diagnostic]) -> list[str]:
 
 
 def _headline(d: Diagnostic) -> str:
-    return f"{d.where}: {d.message}"
+    return f"{d.where}: {printable(d.message)}"
 
 
 def _frame(d: Diagnostic) -> list[str]:
-    notes = " - ".join(part for part in (dotted(d.key), d.help) if part)
+    notes = " - ".join(part for part in (dotted(d.key), printable(d.help or "")) if part)
     if not d.where.text:
         return [f"  = {notes}"] if notes else []
     lines = _code(d.where, notes)
     for position, label in d.related[:1]:
-        if position.line != d.where.line or position.file != d.where.file:
+        if position.file != d.where.file:
+            lines += _code(position, f"{label}, in {position}", mark="-")
+        elif position.line != d.where.line:
             lines += _code(position, label, mark="-")
     return lines
 
 
 def _code(where: Position, note: str, mark: str = "^") -> list[str]:
-    number = f"{where.line:>5}"
-    start = max(0, where.column - 1 - MAX_CODE // 2) if len(where.text) > MAX_CODE else 0
-    code = where.text[start : start + MAX_CODE].replace("\t", " ")
-    indent = " " * (where.column - 1 - start)
-    carets = mark * max(1, min(where.end_column - where.column, MAX_CODE - len(indent)))
-    return [f"{number} | {printable(code)}", f"      | {indent}{carets} {note}".rstrip()]
+    begin, end = where.column - 1, where.end_column - 1
+    start = max(0, begin - MAX_CODE // 2) if len(where.text) > MAX_CODE else 0
+    before, marked, after = (
+        printable(part.replace("\t", " "))
+        for part in (where.text[start:begin], where.text[begin:end], where.text[end : start + MAX_CODE])
+    )
+    marked = marked[:MAX_CODE]
+    carets = mark * max(1, cell_len(marked))
+    return [
+        f"{where.line:>5} | {before}{marked}{after}",
+        f"      | {' ' * cell_len(before)}{carets} {note}".rstrip(),
+    ]

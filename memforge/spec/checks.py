@@ -1,6 +1,7 @@
 """Combinations that no single key rules out: placement, pools and their readers, training against the model."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from memforge.blocks.base import KindSpec, Site
 from memforge.errors import KeyPath, Problem
@@ -41,20 +42,19 @@ def check(spec: Spec) -> Iterator[Problem]:
     yield from problems
     for i, rule in enumerate(spec.place):
         yield from _check_rule(i, rule, site)
-    if not problems:
-        yield from _check_layers(spec, selected)
+    yield from _check_layers(spec, selected, placed=not problems)
     yield from _check_training(spec)
 
 
-def selections(spec: Spec) -> tuple[list[tuple[int, ...]], list[Problem]]:
+def selections(spec: Spec) -> tuple[list[frozenset[int]], list[Problem]]:
     """The layers of each rule, and a problem for each rule that selects none that exist."""
-    selected: list[tuple[int, ...]] = []
+    selected: list[frozenset[int]] = []
     problems = []
     for i, rule in enumerate(spec.place):
         try:
-            selected.append(select_layers(rule.layers, spec.model.num_layers))
+            selected.append(frozenset(select_layers(rule.layers, spec.model.num_layers)))
         except ValueError as error:
-            selected.append(())
+            selected.append(frozenset())
             key: KeyPath = ("place", i, "layers")
             if isinstance(rule.layers, list):
                 outside = [j for j, idx in enumerate(rule.layers) if idx >= spec.model.num_layers]
@@ -66,23 +66,30 @@ def selections(spec: Spec) -> tuple[list[tuple[int, ...]], list[Problem]]:
 
 def _under(prefix: KeyPath, block: KindSpec, site: Site) -> Iterator[Problem]:
     for p in block.check(site):
-        yield Problem((*prefix, *p.key), p.message, p.help, p.related, p.at_key)
+        yield replace(p, key=(*prefix, *p.key))
 
 
 def _check_rule(i: int, rule: PlaceRule, site: Site) -> Iterator[Problem]:
     if rule.block is None and rule.mixer is None:
-        yield Problem(("place", i), "a [[place]] rule sets `block`, `mixer`, or both", at_key=True)
+        parts = (("place", i, "block"), ("place", i, "mixer"))
+        yield Problem(("place", i), "a [[place]] rule sets `block`, `mixer`, or both", at_key=True, depends=parts)
     if rule.mode == "add" and rule.block is None:
-        yield Problem(("place", i, "mode"), 'mode = "add" needs a `block` to add')
+        block: KeyPath = ("place", i, "block")
+        yield Problem(("place", i, "mode"), 'mode = "add" needs a `block` to add', depends=(block,))
     if rule.block is not None:
         yield from _under(("place", i, "block"), rule.block, site)
     if rule.mixer is not None:
         yield from _under(("place", i, "mixer"), rule.mixer, site)
 
 
-def _check_layers(spec: Spec, selected: list[tuple[int, ...]]) -> Iterator[Problem]:
-    bare, doubled, read = [], set(), set()
-    for idx in range(spec.model.num_layers):
+def _check_layers(spec: Spec, selected: list[frozenset[int]], *, placed: bool) -> Iterator[Problem]:
+    """Layers without a block or with two of a kind, and pools that no layer reads.
+
+    Unless every rule is `placed` in the model, only pools that no rule names are reported.
+    """
+    bare, doubled = [], set()
+    read = set() if placed else {getattr(rule.block, "pool", None) for rule in spec.place}
+    for idx in range(spec.model.num_layers if placed else 0):
         blocks, mixer = block_at(spec, idx, selected)
         kinds = [block.kind for block in blocks]
         if not blocks or (len(blocks) == 1 and _is_added(spec, idx, selected)):
@@ -92,23 +99,27 @@ def _check_layers(spec: Spec, selected: list[tuple[int, ...]]) -> Iterator[Probl
         read |= {getattr(block, "pool", None) for block in (*blocks, mixer)}
     if bare:
         listed = f"layer {bare[0]}" if len(bare) == 1 else f"{len(bare)} layers, the first of them layer {bare[0]}"
-        yield Problem(("ffn",), f"no block for {listed}", "write an [ffn] table or a [[place]] rule for them")
+        yield Problem(
+            ("ffn",),
+            f"no block for {listed}",
+            "write an [ffn] table or a [[place]] rule for them",
+            depends=(("ffn",), ("place",)),
+        )
     for kind in sorted(doubled):
         rule = next(i for i, r in enumerate(spec.place) if r.mode == "add" and r.block and r.block.kind == kind)
-        yield Problem(("place", rule, "block", "kind"), f"adds a second `{kind}` to a layer that has one")
-    # A reader that names no pool at all may have meant this one; its own error says so.
+        yield Problem(
+            ("place", rule, "block", "kind"), f"adds a second `{kind}` to a layer that has one", depends=(("place",),)
+        )
+    # A reader that names no pool that exists may have meant this one; its own error says so.
     misnamed = {name for name in read if name is not None} - set(spec.pool)
     for name in spec.pool:
         if name not in read and not misnamed:
-            yield Problem(
-                ("pool", name),
-                f"no block reads the pool `{name}`",
-                "remove it or name it in a block",
-                at_key=True,
-            )
+            message = f"no block reads the pool `{name}`"
+            hint = "remove it or name it in a block"
+            yield Problem(("pool", name), message, hint, at_key=True, depends=(("place",),))
 
 
-def _is_added(spec: Spec, idx: int, selected: list[tuple[int, ...]]) -> bool:
+def _is_added(spec: Spec, idx: int, selected: list[frozenset[int]]) -> bool:
     rules = [r for r, layers in zip(spec.place, selected, strict=True) if idx in layers and r.block is not None]
     return spec.ffn is None and all(rule.mode == "add" for rule in rules)
 

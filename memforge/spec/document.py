@@ -6,7 +6,7 @@ two knows falls back to the nearest enclosing key that has a position.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ class Source:
     text: str
     path: Path | None = None
 
+    @cached_property
+    def lines(self) -> list[str]:
+        return self.text.split("\n")
+
     def position(self, row: int, column: int, end_column: int | None = None) -> Position:
         """`row` and `column` count from 0, in characters."""
-        lines = self.text.split("\n")
-        line = lines[min(row, len(lines) - 1)].rstrip("\r")
+        line = self.lines[min(row, len(self.lines) - 1)].rstrip("\r")
         column = min(column, len(line))
         end = min(max(column + 1, end_column or 0), max(len(line), column + 1))
         return Position(self.name, row + 1, column + 1, end + 1, line)
@@ -48,7 +51,7 @@ class Span:
 
     def position(self, *, at_key: bool) -> Position:
         row, column, end_row, end_column = self.key if at_key else self.value
-        raw = self.source.text.split("\n")[row].encode()
+        raw = self.source.lines[row].encode()
         start = len(raw[:column].decode(errors="replace"))
         end = len(raw[:end_column].decode(errors="replace")) if end_row == row else len(raw.decode())
         return self.source.position(row, start, end)
@@ -63,14 +66,22 @@ class Document:
     spans: dict[KeyPath, Span] = field(default_factory=dict)
     inline: set[KeyPath] = field(default_factory=set)
 
+    def span(self, path: KeyPath) -> tuple[Span | None, bool]:
+        """The span at `path` or of the nearest enclosing key that has one, and whether it is that of `path`."""
+        for cut in range(len(path), 0, -1):
+            if span := self.spans.get(path[:cut]):
+                return span, cut == len(path)
+        return None, False
+
     def position(self, path: KeyPath, *, at_key: bool = False) -> Position:
         """Position of the value (or key) at `path`, or of the nearest enclosing key that has one."""
-        if span := self.spans.get(path):
-            return span.position(at_key=at_key)
-        for cut in range(len(path) - 1, 0, -1):
-            if span := self.spans.get(path[:cut]):
-                return span.position(at_key=True)
-        return self.source.position(0, 0)
+        span, exact = self.span(path)
+        return span.position(at_key=at_key or not exact) if span else self.source.position(0, 0)
+
+    def source_of(self, path: KeyPath) -> Source:
+        """The text in which the value at `path` stands."""
+        span, _ = self.span(path)
+        return span.source if span else self.source
 
     def fail(self, path: KeyPath, message: str, help_text: str | None = None) -> SpecError:
         return SpecError([Diagnostic(message, self.position(path), path, help_text)])
@@ -110,8 +121,12 @@ def read_source(file: Path, shown: str) -> Source:
     try:
         return Source(shown, raw.decode("utf-8").replace("\r\n", "\n"), file)
     except UnicodeDecodeError as error:
-        row = raw[: error.start].count(b"\n")
-        raise nowhere.fail(f"not a UTF-8 text file (byte {error.start} is 0x{raw[error.start]:02x})", row) from None
+        before = raw[: error.start].decode()
+        row, column = before.count("\n"), len(before) - before.rfind("\n") - 1
+        text = Source(shown, raw.decode("utf-8", errors="replace"))
+        raise text.fail(
+            f"not a UTF-8 text file (byte {error.start} is 0x{raw[error.start]:02x})", row, column
+        ) from None
 
 
 def parse(source: Source) -> Document:
@@ -124,6 +139,8 @@ def parse(source: Source) -> Document:
     except tomli.TOMLDecodeError as error:
         row, column = error.lineno - 1, error.colno - 1
         raise source.fail(f"not valid TOML: {error.msg[:1].lower()}{error.msg[1:]}", row, column) from None
+    except (RecursionError, ValueError) as error:
+        raise source.fail(f"not TOML that can be read: {error}") from None
     document = Document(source, values)
     _Walker(document).document(_parser().parse(source.text.encode()).root_node)
     return document
@@ -153,11 +170,9 @@ class _Walker:
         for i, (name, key_node) in enumerate(keys):
             path = (*path, name)
             last = i == len(keys) - 1
+            self.record(path, key_node, key_node, keep=not last or node.type == "table_array_element")
             if last and node.type == "table_array_element":
-                self.record(path, key_node, key_node, keep=True)
                 self.counts[path] = self.counts.get(path, -1) + 1
-            elif last:
-                self.record(path, key_node, key_node)
             if path in self.counts:
                 path = (*path, self.counts[path])
                 self.record(path, key_node, key_node, keep=not last)
@@ -170,11 +185,10 @@ class _Walker:
         named = [c for c in node.children if c.is_named and c.type != "comment"]
         if len(named) >= 2:
             key_node, value = named[0], named[1]
-        path = prefix
-        for name, part in _key_parts(key_node):
+        path, parts = prefix, list(_key_parts(key_node))
+        for i, (name, part) in enumerate(parts):
             path = (*path, name)
-            self.record(path, part, value, keep=True)
-        self.record(path, key_node, value)
+            self.record(path, part, value, keep=i < len(parts) - 1)
         self.value(value, path)
 
     def value(self, node: Node, path: KeyPath) -> None:

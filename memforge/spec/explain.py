@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from memforge.errors import KeyPath, Problem, printable
-from memforge.spec.load import shown_value, value_at
+from memforge.blocks import kinds_of
+from memforge.errors import KeyPath, Problem
+from memforge.spec.load import shown_value
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -36,13 +37,20 @@ _BOUNDS: Mapping[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+# Nobody reads more hints than this, and finding the nearest of thirty names takes about 0.3 ms.
+MAX_HINTS = 200
+
+
 def problems_of(error: ValidationError, values: Any, model: type[BaseModel]) -> list[Problem]:
     """One problem per key path of `values`, in the order Pydantic found them."""
     by_path: dict[KeyPath, list[dict[str, Any]]] = defaultdict(list)
     for item in error.errors(include_url=False):
         by_path[data_path(item, values)].append(dict(item))
-    schema = model.model_json_schema()
-    problems = [_problem(path, items, values, schema) for path, items in by_path.items()]
+    schema = _Schema(model.model_json_schema(), values)
+    problems = [
+        _problem(path, items, schema if i < MAX_HINTS else _Schema({}, values))
+        for i, (path, items) in enumerate(by_path.items())
+    ]
     # A misspelt key is one mistake, not two: the key it was meant to be is not missing.
     meant = {(*p.key[:-1], p.help) for p in problems if p.message.startswith("unknown key")}
     return [p for p in problems if (*p.key[:-1], _did_you_mean(p.key)) not in meant]
@@ -54,10 +62,14 @@ def _did_you_mean(key: KeyPath) -> str:
 
 def data_path(item: Mapping[str, Any], values: Any) -> KeyPath:
     """Pydantic's location without the union tags it puts in; a missing key stays as the last part."""
-    loc, path = list(item["loc"]), []
+    loc = list(item["loc"])
+    path: list[str | int] = []
     missing = loc.pop() if item["type"] == "missing" else None
+    tagged = False
     for part in loc:
-        if (isinstance(values, dict) and part in values) or (
+        if not tagged and _is_union(path) and isinstance(values, dict) and values.get("kind") == part:
+            tagged = True
+        elif (isinstance(values, dict) and part in values) or (
             isinstance(values, list) and isinstance(part, int) and part < len(values)
         ):
             values = values[part]
@@ -65,36 +77,47 @@ def data_path(item: Mapping[str, Any], values: Any) -> KeyPath:
     return (*path, missing) if missing is not None else tuple(path)
 
 
-def _problem(path: KeyPath, items: list[dict[str, Any]], values: Any, schema: dict[str, Any]) -> Problem:
+def _is_union(path: list[str | int]) -> bool:
+    """Whether the table at `path` is one of several kinds, so that its kind follows it in Pydantic's location."""
+    if path == ["data"]:
+        return True
+    if len(path) == 3 and path[0] == "place" and path[2] in ("block", "mixer"):
+        return len(kinds_of("block" if path[2] == "block" else "mixer")) > 1
+    return len(path) == 2 and path[0] == "pool" and len(kinds_of("pool")) > 1
+
+
+def _problem(path: KeyPath, items: list[dict[str, Any]], schema: "_Schema") -> Problem:
     item = items[0]
     kind, ctx = item["type"], item.get("ctx", {})
-    name = printable(str(path[-1])) if path else ""
     if kind == "missing":
-        return _missing(path, values, schema)
+        return _missing(path, schema)
+    name = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
-        known = sorted(_keys_at(path[:-1], values, schema))
-        return Problem(path, f"unknown key `{name}`", nearest(str(path[-1]), known), at_key=True)
+        return Problem(path, f"unknown key `{name}`", nearest(name, sorted(schema.keys(path[:-1]))), at_key=True)
     if kind == "union_tag_not_found":
-        return Problem(path, "`kind` is required", f"known: {', '.join(_tags(item))}", at_key=True)
+        return Problem(path, "`kind` is required", f"known: {', '.join(schema.kinds(path))}", at_key=True)
     if kind == "union_tag_invalid":
-        got, known = str(ctx.get("tag")), _tags(item)
-        return Problem((*path, "kind"), f"unknown kind `{printable(got)}`", nearest(got, known))
+        got = str(ctx.get("tag"))
+        return Problem((*path, "kind"), f"unknown kind `{got}`", nearest(got, schema.kinds(path)))
     if item["loc"][-1:] == ("[key]",):
         return Problem(path, f"`{name}` {_BOUNDS['string_pattern_mismatch'](ctx)}", at_key=True)
     for bound in items:
         if bound["type"] in _BOUNDS:
-            return Problem(path, f"{_BOUNDS[bound['type']](bound.get('ctx', {}))}, got {shown_value(bound['input'])}")
+            text = _BOUNDS[bound["type"]](bound.get("ctx", {}))
+            short = bound["type"] not in ("too_short", "too_long")
+            return Problem(path, f"{text}, got {shown_value(bound['input'])}" if short else text)
     expected = " or ".join(dict.fromkeys(_expected(i) for i in items))
     words = [word for i in items for word in _literals(i)]
     hint = nearest(item["input"], words) if isinstance(item["input"], str) and words else None
-    return Problem(path, f"expected {expected}, got {shown_value(item['input'])}", hint)
+    described = schema.keys(path[:-1]).get(name) or None
+    return Problem(path, f"expected {expected}, got {shown_value(item['input'])}", hint or described)
 
 
-def _missing(path: KeyPath, values: Any, schema: dict[str, Any]) -> Problem:
-    name = path[-1]
+def _missing(path: KeyPath, schema: "_Schema") -> Problem:
+    name = str(path[-1])
     if len(path) == 1:
         return Problem(path, f"the table [{name}] is required")
-    described = _keys_at(path[:-1], values, schema).get(str(name), "")
+    described = schema.keys(path[:-1]).get(name)
     return Problem(path, f"`{name}` is required in {_table_name(path[:-1])}", described or None, at_key=True)
 
 
@@ -117,11 +140,6 @@ def _literals(item: Mapping[str, Any]) -> list[str]:
     return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
 
 
-def _tags(item: Mapping[str, Any]) -> list[str]:
-    expected = item.get("ctx", {}).get("expected_tags", "")
-    return [tag.strip().strip("'") for tag in expected.split(",") if tag.strip()]
-
-
 def nearest(name: str, known: list[str]) -> str | None:
     """A hint towards the nearest of `known`, or all of them when they are few."""
     close = get_close_matches(name, known, n=1, cutoff=0.55)
@@ -130,37 +148,71 @@ def nearest(name: str, known: list[str]) -> str | None:
     return f"known: {', '.join(known)}" if 0 < len(known) <= 24 else None
 
 
-def _keys_at(path: KeyPath, values: Any, schema: dict[str, Any]) -> dict[str, str]:
-    """Keys that the schema allows in the table at `path`, with their descriptions."""
-    nodes = [schema]
-    for part in path:
-        nodes = [child for node in nodes for child in _children(node, part, schema)]
-        values = value_at(values, (part,)) if isinstance(values, dict | list) else None
-        nodes = [n for node in nodes for n in _options(node, values, schema)]
-    return {
-        key: str(field.get("description", "")) for node in nodes for key, field in node.get("properties", {}).items()
-    }
+class _Schema:
+    """The JSON schema beside the values, to find what a table may hold."""
+
+    def __init__(self, root: dict[str, Any], values: Any) -> None:
+        self.root, self.values = root, values
+        self._known: dict[KeyPath, dict[str, str]] = {}
+
+    def keys(self, path: KeyPath) -> dict[str, str]:
+        """Keys that the table at `path` may have, with their descriptions."""
+        if path not in self._known:
+            self._known[path] = {
+                key: str(field.get("description", ""))
+                for node, values in self._nodes(path)
+                for option in self._options(node, values)
+                for key, field in option.get("properties", {}).items()
+            }
+        return self._known[path]
+
+    def kinds(self, path: KeyPath) -> list[str]:
+        """The kinds that the table at `path` may be."""
+        return [
+            kind
+            for node, _ in self._nodes(path)
+            for option in (node, *node.get("anyOf", []))
+            for kind in option.get("discriminator", {}).get("mapping", {})
+        ]
+
+    def _nodes(self, path: KeyPath) -> list[tuple[dict[str, Any], Any]]:
+        """The schema at `path`, unions not yet resolved, and the value there."""
+        found = [(self.root, self.values)]
+        for part in path:
+            found = [
+                (child, _get(values, part))
+                for node, values in found
+                for option in self._options(node, values)
+                for child in _children(option, part)
+            ]
+        return found
+
+    def _options(self, node: dict[str, Any], values: Any) -> Iterator[dict[str, Any]]:
+        """The schemas that `node` stands for, with references followed and unions narrowed by `kind`."""
+        if ref := node.get("$ref"):
+            yield from self._options(self.root["$defs"][ref.rsplit("/", 1)[-1]], values)
+            return
+        mapping = node.get("discriminator", {}).get("mapping", {})
+        kind = _get(values, "kind")
+        if isinstance(kind, str) and kind in mapping:
+            yield from self._options({"$ref": mapping[kind]}, values)
+            return
+        union = node.get("anyOf", []) + node.get("oneOf", [])
+        for option in union:
+            yield from self._options(option, values)
+        if not union:
+            yield node
 
 
-def _children(node: dict[str, Any], part: str | int, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _children(node: dict[str, Any], part: str | int) -> Iterator[dict[str, Any]]:
     child = node.get("items") if isinstance(part, int) else node.get("properties", {}).get(part)
     child = child or node.get("additionalProperties")
     if isinstance(child, dict):
         yield child
 
 
-def _options(node: dict[str, Any], values: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The schema nodes that `node` stands for, with references followed and unions narrowed by `kind`."""
-    if ref := node.get("$ref"):
-        yield from _options(schema["$defs"][ref.rsplit("/", 1)[-1]], values, schema)
-        return
-    mapping = node.get("discriminator", {}).get("mapping", {})
-    kind = values.get("kind") if isinstance(values, dict) else None
-    if kind in mapping:
-        yield from _options({"$ref": mapping[kind]}, values, schema)
-        return
-    union = node.get("anyOf", []) + node.get("oneOf", [])
-    for option in union:
-        yield from _options(option, values, schema)
-    if not union:
-        yield node
+def _get(values: Any, part: str | int) -> Any:
+    try:
+        return values[part]
+    except (KeyError, IndexError, TypeError):
+        return None

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ def resolve_inside(document: Document, key: KeyPath, spec_root: Path) -> tuple[P
         raise document.fail(key, f"expected the path of a spec, got {shown_value(value)}")
     if Path(value).is_absolute() or "://" in value or "\0" in value:
         raise document.fail(key, "must be a relative path to a file beside this spec")
-    origin = document.spans[key].source
+    origin = document.source_of(key)
     if origin.path is None:
         origin = document.source
     assert origin.path is not None
-    target = (origin.path.parent / value).resolve()
+    target = resolved(origin.path.parent / value)
+    if target is None:
+        raise document.fail(key, "is not a path that can be followed")
     if not target.is_relative_to(spec_root.resolve()):
         raise document.fail(
             key,
@@ -59,6 +62,16 @@ def resolve_inside(document: Document, key: KeyPath, spec_root: Path) -> tuple[P
     if not target.is_file():
         raise document.fail(key, f"no such file: {printable(value)}")
     return target, os.path.normpath(str(Path(origin.name).parent / value))
+
+
+def resolved(path: Path) -> Path | None:
+    """The path with links followed; None for a loop of links or a name that the system cannot hold."""
+    try:
+        target = path.resolve()
+        target.is_file()
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return target
 
 
 def overlay(base: Document, top: Document) -> Document:
@@ -84,26 +97,32 @@ def _merge(merged: Document, top: Document, path: KeyPath) -> None:
 def apply_overrides(document: Document, assignments: Sequence[str]) -> None:
     """Apply `a.b=value` assignments in place. The value is TOML; a bare word is a string.
 
-    Raises UsageError when an assignment has no `=`, SpecError when its path leads nowhere.
+    Raises UsageError when an assignment is not KEY=VALUE, SpecError when its path leads nowhere.
     """
     lines = [_as_toml(text) for text in assignments]
     source = Source(SET_SOURCE, "\n".join(lines))
     for row, line in enumerate(lines):
-        padded = Source(SET_SOURCE, "\n" * row + line)
-        one = parse(padded)
+        one = parse(Source(SET_SOURCE, "\n" * row + line))
         for path in _leaf_paths(one, ()):
             _assign(document, path, one, source)
 
 
 def _as_toml(assignment: str) -> str:
-    key, equals, value = assignment.partition("=")
-    if not equals or not key.strip() or "\n" in assignment:
+    key, equals, value = (part.strip() for part in assignment.partition("="))
+    if not equals or not key or "\n" in assignment or "#" in key or not _is_text(assignment):
         raise UsageError(f"--set {printable(assignment)}: expected KEY=VALUE, for example train.steps=100")
-    value = value.strip()
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value not in ("true", "false", "inf", "nan"):
-        value = f'"{value}"'
+    if re.fullmatch(r"""[^\d\s"'\[\]{}=,#+-][^\s"'\[\]{}=,#]*""", value) and value not in _TOML_WORDS:
+        value = json.dumps(value, ensure_ascii=False)
     # A list index such as place.0.block is a bare key in TOML too, so no second grammar is needed.
-    return f"{key.strip()} = {value}"
+    return f"{key} = {value}"
+
+
+_TOML_WORDS = ("true", "false", "inf", "nan")
+
+
+def _is_text(argument: str) -> bool:
+    """Whether the argument is text; bytes that are not reach Python as lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in argument)
 
 
 def _leaf_paths(document: Document, path: KeyPath) -> list[KeyPath]:
@@ -119,7 +138,7 @@ def _assign(document: Document, path: KeyPath, one: Document, source: Source) ->
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(target, list):
-            index = int(part) if str(part).isdecimal() else -1
+            index = int(part) if re.fullmatch(r"[0-9]{1,6}", str(part)) else -1
             if not 0 <= index < len(target):
                 raise one.fail(
                     path,
@@ -135,10 +154,11 @@ def _assign(document: Document, path: KeyPath, one: Document, source: Source) ->
         real = (*real, part)
         if not last:
             target = target[part]
+            document.spans.setdefault(real, replace(one.spans[path[: depth + 1]], source=source))
     document.replace(real, value_at(one.values, path), one, path)
     for p, span in list(document.spans.items()):
         if p[: len(real)] == real:
-            document.spans[p] = type(span)(source, span.key, span.value)
+            document.spans[p] = replace(span, source=source)
 
 
 def value_at(values: Any, path: KeyPath) -> Any:
@@ -150,5 +170,5 @@ def value_at(values: Any, path: KeyPath) -> Any:
 def shown_value(value: object) -> str:
     """A value as it would stand in the spec, shortened."""
     plain = isinstance(value, str | bool)
-    text = printable(json.dumps(value, ensure_ascii=False) if plain else repr(value))
+    text = printable(json.dumps(value, ensure_ascii=False) if plain else str(value))
     return text if len(text) <= 40 else text[:37] + "..."

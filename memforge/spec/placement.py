@@ -1,27 +1,28 @@
 """Which layers a [[place]] rule means."""
 
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from memforge.blocks.base import SpecModel
 
-LayerIdx = Annotated[int, Field(ge=0, lt=4096)]
+MAX_LAYERS = 1024
+
+LayerIdx = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
 
 class Centered(SpecModel):
     """`centered` layers, `stride` apart, around layer num_layers // 2."""
 
-    centered: Annotated[int, Field(ge=1, le=4096)]
-    stride: Annotated[int, Field(ge=1, le=4096)]
+    centered: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    stride: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 
 
 class Every(SpecModel):
     """Every `every`-th layer, starting at layer `from`."""
 
-    every: Annotated[int, Field(ge=1, le=4096)]
-    first: Annotated[int, Field(ge=0, lt=4096, alias="from")] = 0
+    every: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    first: Annotated[int, Field(ge=0, lt=MAX_LAYERS, alias="from")] = 0
 
 
 def _form(value: Any) -> str:
@@ -36,7 +37,7 @@ def _form(value: Any) -> str:
 
 LayerSelector = Annotated[
     Annotated[Literal["all", "middle"], Tag("<word>")]
-    | Annotated[Annotated[list[LayerIdx], Field(min_length=1, max_length=4096)], Tag("<list>")]
+    | Annotated[Annotated[list[LayerIdx], Field(min_length=1, max_length=MAX_LAYERS)], Tag("<list>")]
     | Annotated[Centered, Tag("<centered>")]
     | Annotated[Every, Tag("<every>")],
     Discriminator(_form),
@@ -65,15 +66,14 @@ def select_layers(selector: Any, num_layers: int) -> tuple[int, ...]:
 
 
 def _centered(selector: Centered, num_layers: int) -> tuple[int, ...]:
-    chosen = [
-        num_layers // 2 + (i - Fraction(selector.centered - 1, 2)) * selector.stride for i in range(selector.centered)
-    ]
-    if any(idx.denominator != 1 for idx in chosen):
+    # Twice the first index, so that half layers stay integers.
+    first = 2 * (num_layers // 2) - (selector.centered - 1) * selector.stride
+    if first % 2:
         raise ValueError(
             f"{selector.centered} layers with stride {selector.stride} do not centre on a layer; "
             "an even number needs an even stride"
         )
-    if chosen[0] < 0 or chosen[-1] >= num_layers:
-        listed = ", ".join(str(idx) for idx in chosen[:8]) + (", ..." if len(chosen) > 8 else "")
-        raise ValueError(f"layers {listed} do not lie inside a model of {num_layers} layers")
-    return tuple(int(idx) for idx in chosen)
+    start, last = first // 2, first // 2 + (selector.centered - 1) * selector.stride
+    if start < 0 or last >= num_layers:
+        raise ValueError(f"layers {start} to {last} do not lie inside a model of {num_layers} layers")
+    return tuple(range(start, last + 1, selector.stride))

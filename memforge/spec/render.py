@@ -1,12 +1,13 @@
 """A spec as TOML again: resolved, with the origin of each key that stands elsewhere."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import tomlkit
 from tomlkit.items import Item
 
-from memforge.errors import KeyPath
+from memforge.errors import KeyPath, printable
 from memforge.spec.document import Document
 from memforge.spec.schema import Spec
 
@@ -22,9 +23,20 @@ def render_toml(spec: Spec, *, defaults: bool = False) -> str:
         span = document.spans.get(path)
         if span is None or span.source.name == document.source.name:
             return None
-        return f"{span.source.name}:{span.key[0] + 1}"
+        return printable(f"{span.source.name}:{span.key[0] + 1}")
+
+    if spec.parity is not None:
+        values["parity"]["against"] = _beside(document, spec.parity.against)
 
     return to_toml(values, origin)
+
+
+def _beside(document: Document, against: str) -> str:
+    """The baseline's path as it reads beside the rendered spec: it may have been written in another directory."""
+    here, origin = document.source.path, document.source_of(("parity", "against")).path
+    if here is None or origin is None or origin.parent == here.parent:
+        return against
+    return os.path.relpath(origin.parent / against, here.parent)
 
 
 def to_toml(values: dict[str, Any], comment: Comment) -> str:

@@ -8,7 +8,7 @@ from memforge.blocks import kinds_of
 from memforge.blocks.attention.spec import AttentionSpec
 from memforge.blocks.base import Count, KindSpec, SpecModel
 from memforge.blocks.ffn.spec import FfnSpec
-from memforge.spec.placement import LayerSelector
+from memforge.spec.placement import MAX_LAYERS, LayerSelector
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -34,7 +34,7 @@ class ModelSpec(SpecModel):
 
     name: Annotated[str, Field(pattern=NAME)] = Field(description="names directories and report columns")
     dim: Annotated[int, Field(ge=1, le=2**17)] = Field(description="model width")
-    num_layers: Annotated[int, Field(ge=1, le=1024)] = Field(description="decoder layers")
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = Field(description="decoder layers")
     vocab_size: Annotated[int, Field(ge=2, le=2**22)] = Field(description="rows of the embedding")
     max_seq_len: Annotated[int, Field(ge=1, le=2**24)] = Field(description="longest sequence, in tokens")
     tie_embeddings: bool = Field(False, description="the output head is the embedding")
@@ -134,8 +134,8 @@ class Spec(SpecModel):
     model: ModelSpec
     attention: AttentionSpec
     ffn: FfnSpec | None = None
-    pool: dict[Annotated[str, Field(pattern=NAME)], Pool] = {}
-    place: list[PlaceRule] = []
+    pool: Annotated[dict[Annotated[str, Field(pattern=NAME)], Pool], Field(max_length=256)] = {}
+    place: Annotated[list[PlaceRule], Field(max_length=256)] = []
     parity: ParitySpec | None = None
     data: Data | None = None
     train: TrainSpec | None = None
@@ -150,7 +150,7 @@ class Spec(SpecModel):
         return self._baseline
 
 
-def block_at(spec: Spec, layer_idx: int, selected: list[tuple[int, ...]]) -> tuple[list[KindSpec], KindSpec]:
+def block_at(spec: Spec, layer_idx: int, selected: list[frozenset[int]]) -> tuple[list[KindSpec], KindSpec]:
     """The blocks and the mixer of a layer after all rules; `selected[i]` are the layers of rule i."""
     base: KindSpec | None = spec.ffn
     added: KindSpec | None = None

@@ -1,6 +1,7 @@
 """load_spec: everything that is wrong with a spec, at once, or a valid `Spec`."""
 
 import copy
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -13,8 +14,11 @@ from memforge.errors import Diagnostic, KeyPath, Problem, SpecError, printable
 from memforge.spec.checks import check
 from memforge.spec.document import Document
 from memforge.spec.explain import data_path, problems_of
-from memforge.spec.load import apply_overrides, read_document, resolve_inside
+from memforge.spec.load import apply_overrides, read_document, resolve_inside, resolved
+from memforge.spec.placement import MAX_LAYERS
 from memforge.spec.schema import Spec
+
+MAX_ROUNDS = 16
 
 
 def load_spec(
@@ -37,6 +41,8 @@ def load_spec(
     document = read_document(path, root, str(path))
     apply_overrides(document, overrides)
     spec, problems = _validate(document.values)
+    if require_data and spec is not None:
+        problems += _check_data(spec, Path(data_root or root))
     diagnostics = [_locate(problem, document) for problem in problems]
     baseline = None
     if isinstance(against := _get(document.values, ("parity", "against")), str) and against:
@@ -44,8 +50,6 @@ def load_spec(
             baseline = _load_baseline(document, root)
         except SpecError as error:
             diagnostics += error.diagnostics
-    if require_data and spec is not None:
-        diagnostics += [_locate(p, document) for p in _check_data(spec, Path(data_root or root))]
     if diagnostics:
         raise SpecError(diagnostics)
     assert spec is not None
@@ -72,8 +76,10 @@ def _check_data(spec: Spec, data_root: Path) -> Iterator[Problem]:
     if Path(name).is_absolute() or "\0" in name or "://" in name:
         yield Problem(("data", "path"), "must be a relative path", "pass --data-root DIR to read data elsewhere")
         return
-    target = (data_root / name).resolve()
-    if not target.is_relative_to(data_root.resolve()):
+    target = resolved(data_root / name)
+    if target is None:
+        yield Problem(("data", "path"), "is not a path that can be followed")
+    elif not target.is_relative_to(data_root.resolve()):
         yield Problem(("data", "path"), "leads outside the data root", "pass --data-root DIR to read data elsewhere")
     elif not (target.is_file() or target.is_dir()):
         yield Problem(("data", "path"), f"no such file or directory: {printable(name)}")
@@ -89,38 +95,49 @@ def _locate(problem: Problem, document: Document) -> Diagnostic:
     )
 
 
+# What stands in for a required key that is wrong, so that the rest can still be checked: values that no other key can
+# be in conflict with.
+_STAND_INS: dict[str, dict[str, Any]] = {
+    "model": {"name": "x", "dim": 2**17, "num_layers": MAX_LAYERS, "vocab_size": 2**22, "max_seq_len": 2**24},
+    "attention": {"num_heads": 1},
+}
+
+
 def _validate(values: dict[str, Any]) -> tuple[Spec | None, list[Problem]]:
-    """All problems of `values`; the combinations are checked on as much of it as is valid by itself."""
+    """The spec, or as much of it as is valid by itself, and all problems of `values`."""
     try:
         spec = Spec.model_validate(values)
     except ValidationError as error:
         problems = problems_of(error, values, Spec)
         partial, kept_rules, cut = _valid_part(values, error)
         if partial is not None:
-            found = (replace(p, key=_restored(p.key, kept_rules)) for p in check(partial))
-            problems += [p for p in found if not _is_consequence(p, cut, values)]
-        return None, problems
-    problems = list(check(spec))
-    return spec, problems
+            found = (_restored_problem(p, kept_rules) for p in check(partial))
+            problems += [p for p in found if not _is_consequence(p, cut)]
+        return partial, problems
+    return spec, list(check(spec))
 
 
 def _valid_part(values: dict[str, Any], error: ValidationError) -> tuple[Spec | None, list[int], list[KeyPath]]:
-    """The largest part found by dropping offending keys, the rules it kept, and what was dropped that was known."""
+    """A spec without the offending keys, the rules it kept, and the known keys that were dropped or replaced."""
     values = copy.deepcopy(values)
     trial, kept = values, list(range(len(values["place"]) if isinstance(values.get("place"), list) else 0))
     cut: list[KeyPath] = []
-    while True:
+    for _ in range(MAX_ROUNDS):
         paths = set()
         for item in error.errors(include_url=False):
-            path = data_path(item, trial)
-            path = _restored(path[:-1] if item["type"] == "missing" else path, kept)
-            if not path:
-                return None, [], cut
-            if item["type"] != "extra_forbidden":
+            path = _restored(data_path(item, trial), kept)
+            if item["type"] == "missing":
                 cut.append(path)
-            elif len(path) == 1:  # perhaps a table that has another name
+                if _stand_in(values, path):
+                    continue
+                path = path[:-1]
+            elif item["type"] == "extra_forbidden" and len(path) == 1:  # perhaps a table that has another name
                 cut += [(name,) for name in get_close_matches(str(path[0]), Spec.model_fields)]
+            elif item["type"] != "extra_forbidden":
+                cut.append(path)
             paths.add(path)
+        if () in paths:
+            return None, [], cut
         for path in sorted(paths, key=len, reverse=True):
             _drop(values, path)
         trial = dict(values)
@@ -131,6 +148,19 @@ def _valid_part(values: dict[str, Any], error: ValidationError) -> tuple[Spec | 
             return Spec.model_validate(trial), kept, cut
         except ValidationError as again:
             error = again
+    return None, [], cut
+
+
+def _stand_in(values: dict[str, Any], missing: KeyPath) -> bool:
+    """Put something harmless at a required key of [model] or [attention]; whether there was anything to put."""
+    table = _STAND_INS.get(str(missing[0]), {})
+    if len(missing) == 1 and table:
+        values[str(missing[0])] = dict(table)
+    elif len(missing) == 2 and missing[1] in table:
+        values[str(missing[0])][missing[1]] = table[str(missing[1])]
+    else:
+        return False
+    return True
 
 
 def _drop(values: Any, path: KeyPath) -> None:
@@ -159,11 +189,22 @@ def _restored(path: KeyPath, kept: list[int]) -> KeyPath:
     return ("place", kept[int(path[1])], *path[2:])
 
 
-def _is_consequence(problem: Problem, cut: list[KeyPath], values: dict[str, Any]) -> bool:
-    """Whether the problem may only be there because something beside it was dropped."""
-    tables = {path[:-1] for path in cut if len(path) > 1 and path[:-1] not in (("place",), ("pool",))}
-    if any(problem.key[: len(table)] == table for table in tables):
-        return True
-    if problem.key[-1] == "pool":
-        return _get(values, problem.key) in (_get(values, ("pool",)) or {})
-    return any(path[0] in ("place", "ffn") for path in cut) and problem.key[0] in ("ffn", "pool")
+def _restored_problem(problem: Problem, kept: list[int]) -> Problem:
+    return replace(
+        problem,
+        key=_restored(problem.key, kept),
+        related=tuple((_restored(key, kept), label) for key, label in problem.related),
+        depends=tuple(_restored(key, kept) for key in problem.depends),
+    )
+
+
+def _is_consequence(problem: Problem, cut: list[KeyPath]) -> bool:
+    """Whether the problem may only be there because something that was dropped is wrong."""
+    words = set(re.findall(r"\w+", f"{problem.message} {problem.help or ''}"))
+    for path in cut:
+        # It is about what was dropped, or about a key of the same table and names what was dropped.
+        if problem.key == path or (problem.key[: len(path) - 1] == path[:-1] and path[-1] in words and len(path) > 1):
+            return True
+        if any(path[: len(key)] == key or key[: len(path)] == path for key in problem.depends):
+            return True
+    return False

@@ -30,7 +30,8 @@ class Moe(nn.Module):
     def forward(self, x: Tensor, pools: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, d = x.shape
         flat = x.reshape(b * t, d)
-        probs = self.router(flat).float().softmax(dim=-1)
+        logits = self.router(flat)
+        probs = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         weights, experts = probs.topk(self.top_k, dim=-1)
         if self.normalize_top_k:
             weights = weights / weights.sum(dim=-1, keepdim=True)
