@@ -1,0 +1,38 @@
+"""Run the commands whose output the README shows, and write their real output into it."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def output_of(command: str, directory: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], cwd=directory, capture_output=True, text=True, check=False
+    )
+    return "".join(line.rstrip() + "\n" for line in (done.stdout + done.stderr).splitlines())
+
+
+def main() -> None:
+    readme = REPO / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    spec = re.search(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert spec is not None
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "specs").symlink_to(REPO / "specs")
+        typo = spec[1].replace("num_heads = 4\n", "num_head = 4\n").replace("top_k = 16", "top_k = 128")
+        (directory / "typo.toml").write_text(typo, encoding="utf-8")
+        shown = re.compile(
+            r"^(```console\n\$ (memforge (?:profile|check) [^\n]+)\n)(?!\$).*?^```", re.DOTALL | re.MULTILINE
+        )
+        text = shown.sub(lambda m: m[1] + output_of(m[2], directory) + "```", text)
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The README is run: its spec, its commands, and the outputs it shows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import REPO, memforge, write
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+SPEC = next(text for kind, text in BLOCKS if kind == "toml")
+CONSOLES = [text.splitlines() for kind, text in BLOCKS if kind == "console"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the README's spec, its misspelt twin and the repository's specs."""
+    path = tmp_path_factory.mktemp("readme")
+    write(path / "spec.toml", SPEC)
+    write(path / "typo.toml", SPEC.replace("num_heads = 4\n", "num_head = 4\n").replace("top_k = 16", "top_k = 128"))
+    (path / "specs").symlink_to(REPO / "specs")
+    return path
+
+
+def test_every_command_line_works(workplace: Path) -> None:
+    lines = [line[2:] for console in CONSOLES for line in console if line.startswith("$ memforge ")]
+    assert len(lines) >= 10
+    for line in lines:
+        done = memforge(*shlex.split(line)[1:], cwd=workplace)
+        expected = 2 if "typo" in line else 0
+        assert done.returncode == expected, (line, done.stderr)
+
+
+def test_shown_outputs_are_real(workplace: Path) -> None:
+    shown = [console for console in CONSOLES if len(console) > 1 and not console[1].startswith("$")]
+    assert len(shown) == 2
+    for command, *output in shown:
+        done = memforge(*shlex.split(command)[2:], cwd=workplace)
+        real = [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
+        assert output == real, "run benchmarks/readme.py to refresh the README"
+
+
+def test_the_readme_is_short_and_names_what_exists() -> None:
+    assert len(README.splitlines()) <= 150
+    for path in re.findall(r"^    ((?:memforge|kernels|specs)/\S*)", README, re.MULTILINE):
+        assert (REPO / path).exists(), path
