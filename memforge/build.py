@@ -1,5 +1,7 @@
 """From a plan to tensors: the module, and the build directory with its exported graph."""
 
+import io
+import json
 import platform
 import re
 from importlib.metadata import version
@@ -89,7 +91,7 @@ def write_build(plan: Plan, out: Path) -> dict[str, Any]:
     `out` is replaced if it is a build directory. Raises StorageError if it is anything else that is not empty, and
     CheckFailedError if the model does not have the parameters and FLOPs of the ledger.
     """
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "manifest.json").is_file())):
+    if out.is_symlink() or (out.exists() and not _is_replaceable(out)):
         raise StorageError(f"{out}: exists and is not a build directory; choose another --out")
     counted = require_exact(plan.model)
     program = export_graph(plan.model)
@@ -101,7 +103,10 @@ def write_build(plan: Plan, out: Path) -> dict[str, Any]:
         (directory / "graph.py").write_text(readable(program), encoding="utf-8")
         for node in program.graph.nodes:  # source positions of this machine; graph.py has them without directories
             node.meta.pop("stack_trace", None)
-        torch.export.save(program, directory / "model.pt2")
+        # Through memory: on a full disk torch's own writer ends the process.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        (directory / "model.pt2").write_bytes(buffer.getvalue())
         manifest = {
             "format_version": FORMAT_VERSION,
             "name": plan.name,
@@ -120,6 +125,20 @@ def write_build(plan: Plan, out: Path) -> dict[str, Any]:
         }
         write_json(directory / "manifest.json", manifest)
     return manifest
+
+
+def _is_replaceable(out: Path) -> bool:
+    """Whether `out` is an empty directory, or one that holds a build and nothing else."""
+    if not out.is_dir():
+        return False
+    names = {entry.name for entry in out.iterdir()}
+    if not names:
+        return True
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        return names <= {"manifest.json", *REPRODUCIBLE} and manifest["files"].keys() == REPRODUCIBLE.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def readable(program: ExportedProgram) -> str:

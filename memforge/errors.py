@@ -1,5 +1,6 @@
 """What can go wrong for a user, as data: every error has one exit code and prints on one screen."""
 
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ KeyPath = tuple[str | int, ...]
 def printable(text: str) -> str:
     """`text` with control and other unprintable characters escaped, safe to show on a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_text(text: str) -> bool:
+    """Whether the text can be encoded: bytes that are no text reach Python as lone surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def dotted(path: KeyPath) -> str:
@@ -115,6 +121,14 @@ class NonFiniteError(MemforgeError):
     """Training met a NaN or an infinity."""
 
     exit_code = 5
+
+
+class Stopped(BaseException):
+    """A signal that must end the process now."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 class InterruptedRunError(MemforgeError):

@@ -16,7 +16,7 @@ from memforge.blocks import kinds_of
 from memforge.blocks.base import DType, Init, KindPlan, KindSpec, PlanModel, constant, normal
 from memforge.errors import StorageError
 from memforge.spec.checks import selections, site_of
-from memforge.spec.schema import Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, block_at
+from memforge.spec.schema import NAME, Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, block_at
 
 FORMAT_VERSION = 1
 
@@ -108,7 +108,7 @@ class ParityPlan(PlanModel):
 class Plan(PlanModel):
     """A model, a run, and the claim that binds the model to a baseline."""
 
-    name: str
+    name: Annotated[str, Field(pattern=NAME)]
     model: ModelPlan
     run: RunPlan
     parity: ParityPlan | None = None
@@ -119,6 +119,7 @@ class Plan(PlanModel):
             "format_version": FORMAT_VERSION,
             "model_hash": self.model.model_hash,
             "run_hash": self.run.run_hash,
+            "plan_hash": _hash(self),
             "plan": self.model_dump(mode="json", by_alias=True),
         }
         return json.dumps(record, indent=1, sort_keys=True) + "\n"
@@ -132,12 +133,12 @@ def plan_from_json(text: str, origin: str) -> Plan:
         if version != FORMAT_VERSION:
             raise StorageError(f"{origin}: plan format {version}; this memforge reads {FORMAT_VERSION}")
         plan = Plan.model_validate_json(json.dumps(record["plan"]))
-        recorded = (record["model_hash"], record["run_hash"])
+        recorded = record["plan_hash"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         kind = "does not hold a plan" if isinstance(error, ValidationError) else "is not valid JSON"
         raise StorageError(f"{origin}: the file {kind}") from None
-    if recorded != (plan.model.model_hash, plan.run.run_hash):
-        raise StorageError(f"{origin}: the plan was changed after it was written (its hashes do not match)")
+    if recorded != _hash(plan):
+        raise StorageError(f"{origin}: the plan was changed after it was written (its hash does not match)")
     return plan
 
 

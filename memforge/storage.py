@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from memforge.errors import StorageError
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """OSError and the RuntimeErrors of a full disk become StorageError with the path."""
+    """What the system or safetensors cannot read or write becomes a StorageError with the path."""
     try:
         yield
     except OSError as error:
         raise StorageError(f"{error.filename or path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise StorageError(f"{path}: {error}") from None
 
 
 @contextmanager

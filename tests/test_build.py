@@ -82,13 +82,17 @@ def test_a_model_that_differs_from_its_plan_is_refused(small: Path) -> None:
         require_exact(wrong)
 
 
-@pytest.mark.parametrize("what", ["file", "foreign", "under-file"])
+@pytest.mark.parametrize("what", ["file", "foreign", "manifest", "under-file", "link"])
 def test_places_that_cannot_be_written_are_left_alone(small: Path, tmp_path: Path, what: str) -> None:
     target = tmp_path / "out"
     if what == "file":
         target.write_text("mine")
     elif what == "foreign":
         write(target / "notes.txt", "mine")
+    elif what == "manifest":
+        write(target / "manifest.json", '{"my": "web application"}')
+    elif what == "link":
+        target.symlink_to(tmp_path / "elsewhere")
     else:
         target.write_text("mine")
         target = target / "deeper"

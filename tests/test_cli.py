@@ -18,7 +18,7 @@ class Block:
         if name.partition(".")[0] in ("torch", "triton", "numpy", "tokenizers"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
-from memforge.cli import main
+from memforge.__main__ import main
 sys.argv = ["memforge", *sys.argv[1:]]
 main()
 """
@@ -127,6 +127,25 @@ def test_a_closed_pipe_ends_quietly() -> None:
     command = f"{sys.executable} -m memforge schema | head -c 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, env=dict(os.environ))
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "shell", ["{} schema >&-", "{} --help >/dev/full", "{} check absent.toml 2>&-", "{} schema <&-"]
+)
+def test_streams_that_are_closed_or_full_end_quietly(shell: str) -> None:
+    command = shell.format(f"{sys.executable} -m memforge")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+    assert done.returncode == (2 if "absent" in shell else 4 if "full" in shell else 0)
+
+
+@pytest.mark.parametrize("args", [["profile", "x.toml", "--seq-len", "many"], ["eval", "absent"], ["check", "x.toml"]])
+def test_errors_are_one_json_document_of_one_shape(args: list[str], tmp_path: Path) -> None:
+    record = json.loads(memforge(*args, "--json", cwd=tmp_path).stdout)
+    assert record["ok"] is False
+    (error,) = record["errors"]
+    assert set(error) == {"message", "file", "line", "column", "end_column", "key", "help", "related"}
 
 
 def test_help_and_commands_stay_what_they_are(golden: object) -> None:

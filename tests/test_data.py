@@ -134,6 +134,20 @@ def test_text_from_files_and_json_lines(tmp_path: Path) -> None:
     assert corpus.exact_match is False
 
 
+def test_json_lines_may_hold_line_separators_and_a_byte_order_mark(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"one\u2028two {i}"}, ensure_ascii=False) + "\n" for i in range(20))
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert text(tmp_path, "a.jsonl").description["documents"] == 20
+
+
+@pytest.mark.parametrize("path", ["../a.txt", "/etc/passwd", "absent.txt", "loop"])
+def test_data_stays_inside_its_root(tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    write(tmp_path.parent / "a.txt", "outside " * 100)
+    with pytest.raises(UsageError, match=r"data\.path"):
+        text(tmp_path, path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -141,7 +155,8 @@ def test_text_from_files_and_json_lines(tmp_path: Path) -> None:
         ("a.txt", b"few", "tokens"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl", b'{"other": 1}\n', "line 1 is not a JSON object with `text`"),
-        ("a.jsonl", b'{"text": 1}\n', "is not a string"),
+        ("a.jsonl", b'{"text": 1}\n', "is not text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "is not text"),
         ("a.jsonl", b"[[[", "line 1"),
     ],
 )

@@ -16,7 +16,7 @@ from conftest import SMALL, memforge, write
 from torch import nn
 
 from memforge.build import build_model
-from memforge.errors import NonFiniteError, StorageError, UsageError
+from memforge.errors import DeviceError, NonFiniteError, StorageError, UsageError
 from memforge.plan import Plan, TrainPlan, make_plan
 from memforge.spec import load_spec
 from memforge.training import train
@@ -60,7 +60,7 @@ def test_a_run_can_be_evaluated_and_continued_from(tmp_path: Path) -> None:
     assert summary["exposures_per_fact"] == pytest.approx(
         4 * 4 * 49 * 72 / 12 / summary["data"]["tokens_per_epoch"], rel=1e-9
     )
-    scored = json.loads(memforge("eval", tmp_path / "run", "--json").stdout)
+    (scored,) = json.loads(memforge("eval", tmp_path / "run", "--json").stdout)
     for key in ("recall", "held_out_loss"):
         assert scored["final"][key] == summary["final"][key]
     text = memforge("generate", tmp_path / "run", "--prompt", "Flights to", "--max-tokens", "5")
@@ -144,6 +144,27 @@ def test_an_existing_run_is_kept_unless_overwritten(tmp_path: Path) -> None:
     assert precious.read_text() == "years of work"
 
 
+def test_overwriting_deletes_a_run_and_only_when_the_new_one_can_start(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path / "s.toml", "train.steps=1")
+    train(plan, tmp_path / "run")
+    bad = plan_with(tmp_path / "s.toml", "data.num_facts=1000000")
+    with pytest.raises(UsageError, match="holds"):
+        train(bad, tmp_path / "run", overwrite=True)
+    assert checkpoints(tmp_path / "run")
+    train(plan_with(tmp_path / "s.toml", "train.steps=2"), tmp_path / "run", overwrite=True)
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000002"]
+    write(tmp_path / "run" / "notes.txt", "mine")
+    with pytest.raises(StorageError, match="not only a run"):
+        train(plan, tmp_path / "run", overwrite=True)
+
+
+def test_models_larger_than_the_machine_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path / "s.toml", "model.dim=65536", "pool.facts.num_sub_keys=65536")
+    with pytest.raises(DeviceError, match=r"optimizer state take [\d,.]+ GB; cpu has"):
+        train(plan, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_build_directory_trains_as_it_was_built(tmp_path: Path) -> None:
     spec = write(tmp_path / "s.toml", SMALL)
     assert memforge("build", spec, "--out", tmp_path / "b").returncode == 0
@@ -156,9 +177,10 @@ def test_a_build_directory_trains_as_it_was_built(tmp_path: Path) -> None:
     assert not (tmp_path / "run2").exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "foreign"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "field", "tokenizer", "foreign"])
 def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, damage: str) -> None:
     plan = plan_with(tmp_path / "s.toml")
+    write(tmp_path / "run" / "tokenizer.json", "{}")
     step = save_checkpoint(tmp_path / "run", 3, plan, build_model(plan.model))
     weights, manifest = step / "model.safetensors", step / "manifest.json"
     raw = bytearray(weights.read_bytes())
@@ -171,9 +193,13 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, damage: str) ->
         weights.unlink()
     if damage == "manifest":
         manifest.write_text(manifest.read_text()[:-9])
+    if damage == "field":
+        manifest.write_text(manifest.read_text().replace('"step": 3', '"step": "3"'))
+    if damage == "tokenizer":
+        write(tmp_path / "run" / "tokenizer.json", "{ }")
     if damage == "foreign":
         plan = plan_with(tmp_path / "s.toml", "model.dim=64")
-    with pytest.raises(StorageError, match=r"step-00000003"):
+    with pytest.raises(StorageError, match=r"step-00000003|tokenizer.json"):
         load_weights(step, plan)
 
 
@@ -182,6 +208,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_no_rubble(
 ) -> None:
     plan = plan_with(tmp_path / "s.toml")
     model = build_model(plan.model)
+    write(tmp_path / "run" / "tokenizer.json", "{}")
     save_checkpoint(tmp_path / "run", 1, plan, model)
 
     def full_disk(*args: object) -> None:
@@ -190,7 +217,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_no_rubble(
     monkeypatch.setattr("memforge.training.checkpoint.save_file", full_disk)
     with pytest.raises(StorageError, match="No space left"):
         save_checkpoint(tmp_path / "run", 2, plan, model)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["step-00000001"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-00000001", "tokenizer.json"]
 
 
 def test_plans_that_cannot_be_trained_say_what_is_missing(tmp_path: Path) -> None:

@@ -1,18 +1,16 @@
 """The command line: a thin shell over the Python API. It parses arguments, prints, and picks exit codes."""
 
 import os
-import sys
 import traceback
-from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from memforge import __version__
 from memforge.cli import model, runs, specs
-from memforge.errors import MemforgeError, SpecError, printable
-from memforge.report.console import plain, print_json
+from memforge.errors import MemforgeError, SpecError, Stopped, printable
+from memforge.report.console import forget_stdout, plain, print_json
 from memforge.report.diagnostics import render
 
 INTERNAL_ERROR = 70
@@ -25,55 +23,52 @@ class _Group(TyperGroup):
         as_json = "--json" in [*getattr(ctx, "_protected_args", []), *ctx.args]
         try:
             return super().invoke(ctx)
-        except MemforgeError as error:
-            _show(error, as_json=as_json)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            plain("interrupted", stderr=True)
-            raise typer.Exit(130) from None
         except BrokenPipeError:
-            _forget_stdout()
+            forget_stdout()
             raise typer.Exit(0) from None
-        except MemoryError:
-            plain("out of memory", stderr=True)
-            raise typer.Exit(3) from None
-        except OSError as error:
-            plain(f"{printable(str(error.filename or 'storage'))}: {error.strerror or error}", stderr=True)
-            raise typer.Exit(4) from None
-        except BaseException as error:
-            if number := getattr(error, "stop_signal", None):
-                plain(str(error), stderr=True)
-                raise typer.Exit(128 + number) from None
-            if not isinstance(error, Exception) or isinstance(error, typer.Exit) or hasattr(error, "exit_code"):
+        except (Stopped, KeyboardInterrupt, Exception) as error:
+            if isinstance(error, typer.Exit):
                 raise
-            _internal(error)
-            raise typer.Exit(INTERNAL_ERROR) from None
+            if hasattr(error, "format_message"):  # a usage error, which typer prints
+                if as_json:
+                    _print_errors([{"message": error.format_message()}])
+                raise
+            code, message = _explained(error)
+            if as_json:
+                _print_errors(
+                    [d.as_dict() for d in error.diagnostics] if isinstance(error, SpecError) else [{"message": message}]
+                )
+            elif isinstance(error, SpecError):
+                plain("\n".join(render(error.diagnostics)), stderr=True)
+            else:
+                plain(printable(message), stderr=True)
+            if code == INTERNAL_ERROR and os.environ.get("MEMFORGE_TRACEBACK"):
+                traceback.print_exc()
+            raise typer.Exit(code) from None
 
 
-def _show(error: MemforgeError, *, as_json: bool) -> None:
-    if isinstance(error, SpecError):
-        if as_json:
-            print_json({"ok": False, "errors": [d.as_dict() for d in error.diagnostics]})
-            return
-        for line in render(error.diagnostics):
-            plain(line, stderr=True)
-        return
-    if as_json:
-        print_json({"ok": False, "errors": [{"message": str(error)}]})
-        return
-    plain(f"error: {printable(str(error))}", stderr=True)
+def _print_errors(errors: list[dict[str, Any]]) -> None:
+    """Every error has the same keys; those about no place in a file leave it null."""
+    place = dict.fromkeys(("file", "line", "column", "end_column", "key", "help"))
+    print_json({"ok": False, "errors": [{**place, "related": [], **error} for error in errors]})
 
 
-def _internal(error: Exception) -> None:
-    """A bug of memforge's own: one line, and the traceback only for those who ask for it."""
-    plain(
-        f"internal error: {type(error).__name__}: {printable(str(error).splitlines()[0] if str(error) else '')}",
-        stderr=True,
-    )
-    if os.environ.get("MEMFORGE_TRACEBACK"):
-        traceback.print_exc()
-    else:
-        plain("this is a bug in memforge; MEMFORGE_TRACEBACK=1 shows where", stderr=True)
+def _explained(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one line that a user reads."""
+    if isinstance(error, Stopped):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, MemforgeError):
+        return error.exit_code, f"error: {error}"
+    text = str(error).strip().split("\n")[0]
+    # torch reports an allocation that failed as a RuntimeError on a CPU and as OutOfMemoryError on a GPU.
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return 3, f"error: out of memory: {text}"
+    if isinstance(error, OSError):
+        return 4, f"error: {error.filename or 'storage'}: {error.strerror or error}"
+    hint = "this is a bug in memforge; MEMFORGE_TRACEBACK=1 shows where"
+    return INTERNAL_ERROR, f"internal error: {type(error).__name__}: {text} ({hint})"
 
 
 app = typer.Typer(
@@ -104,25 +99,3 @@ def _options(
 for _module in (specs, model, runs):
     for _name, _command in _module.COMMANDS.items():
         app.command(_name)(_command)
-
-
-def main() -> None:
-    """The console script. A reader that closes the pipe early ends the program quietly."""
-    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
-    try:
-        app()
-    finally:
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            _forget_stdout()
-
-
-def _nowhere() -> TextIO:
-    """Where output goes when the stream was closed before the program started."""
-    return Path(os.devnull).open("w")
-
-
-def _forget_stdout() -> None:
-    """Let the interpreter's own flush at exit go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,11 +1,12 @@
 """Options that several commands share, and how they become a spec."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from memforge.errors import UsageError, printable
+from memforge.errors import DeviceError, UsageError, printable
 from memforge.spec import Spec, load_spec
 
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A TOML spec.", show_default=False)]
@@ -19,7 +20,11 @@ SpecRoot = Annotated[
 ]
 DataRoot = Annotated[
     Path | None,
-    typer.Option("--data-root", metavar="DIR", help="Where data.path starts; the spec root by default."),
+    typer.Option(
+        "--data-root",
+        metavar="DIR",
+        help="Where data.path starts: by default the spec root, for a build or a run the current directory.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Device = Annotated[
@@ -45,13 +50,10 @@ def torch_device(name: str | None) -> str:
     """A device that exists. Raises UsageError with the ones that are known."""
     import torch
 
-    from memforge.errors import DeviceError
-
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise UsageError(f"--device {printable(name)}: expected cpu, cuda or cuda:N")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise DeviceError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return name

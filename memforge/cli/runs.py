@@ -1,6 +1,5 @@
 """Commands on runs: train, eval and generate."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from memforge.cli.model import NoParity
 from memforge.cli.options import DataRoot, Device, Json, Set, SpecPath, SpecRoot, load, torch_device
-from memforge.errors import StorageError, UsageError
+from memforge.errors import UsageError, is_text, printable
 from memforge.report.console import console, plain, print_json
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
@@ -20,7 +19,7 @@ def train(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Default: runs/NAME, or the next free runs/NAME-2, .."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what --out holds first.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="If --out holds an earlier run, delete that.")] = False,
     set_: Set = None,
     spec_root: SpecRoot = None,
     data_root: DataRoot = None,
@@ -31,12 +30,12 @@ def train(
     """Train a spec or a build directory; evaluate it; leave a run directory with a checkpoint."""
     from memforge.parity import claimed, require
 
+    if overwrite and out is None:
+        raise UsageError("--overwrite needs --out: without it a run takes the next free directory")
     plan, root = _plan_of(spec, set_, spec_root, data_root)
     if not no_parity:
         require(claimed(plan))
     target = out or _free_directory(Path("runs") / plan.name)
-    if overwrite and out is not None:
-        _clear(target)
     screen = console(stderr=True)
     with screen.status("starting torch"):
         from memforge.training import train as run_training
@@ -45,7 +44,9 @@ def train(
 
     reporter = RunReporter(screen, str(target))
     try:
-        summary = run_training(plan, target, data_root=root, device=torch_device(device), reporter=reporter)
+        summary = run_training(
+            plan, target, data_root=root, device=torch_device(device), reporter=reporter, overwrite=overwrite
+        )
     finally:
         reporter.close()
     if json_:
@@ -66,10 +67,10 @@ def eval_(
     with screen.status("loading"):
         from memforge.training.evaluate import evaluate_run
     for run in runs:
-        with screen.status(f"scoring {run}"):
+        with screen.status(f"scoring {printable(str(run))}"):
             summaries.append(evaluate_run(run, data_root=data_root or Path(), device=torch_device(device)))
     if json_:
-        print_json(summaries if len(runs) > 1 else summaries[0])
+        print_json(summaries)
         return
     from memforge.report.runs import run_table
 
@@ -81,7 +82,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Stop after so many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, max=100, help="0 takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sampling.")] = 0,
     device: Device = None,
     json_: Json = False,
 ) -> None:
@@ -90,6 +91,8 @@ def generate(
     from memforge.training.data.tokenizer import END_ID
     from memforge.training.evaluate import generate as sample
 
+    if not is_text(prompt):
+        raise UsageError("--prompt: not text in the encoding of this terminal")
     plan, model, tokenizer, _ = open_run(run, torch_device(device))
     given = [END_ID, *tokenizer.encode(prompt).ids]
     tokens = sample(
@@ -126,18 +129,6 @@ def _free_directory(path: Path) -> Path:
     while candidate.exists():
         candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
     return candidate
-
-
-def _clear(path: Path) -> None:
-    """Delete a run directory, and nothing that is not one."""
-    if not path.exists():
-        return
-    if not (path / "plan.json").is_file():
-        raise StorageError(f"{path}: is not a run directory; --overwrite deletes only those")
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
 
 
 COMMANDS = {"train": train, "eval": eval_, "generate": generate}

@@ -1,6 +1,7 @@
 """Consoles: data on stdout, everything else on stderr, no colour and no folding off a terminal."""
 
 import json
+import os
 import sys
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -11,12 +12,18 @@ from rich.console import Console
 MIN_WIDTH, PIPED_WIDTH = 110, 10_000
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """A reader that went away must not stop the work: go on in silence."""
+        self.quiet = True
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that fits its stream; NO_COLOR and terminal width are respected by rich."""
     stream = sys.stderr if stderr else sys.stdout
-    screen = Console(file=stream, highlight=False, emoji=False)
+    screen = Console(file=stream)
     width = max(MIN_WIDTH, screen.width) if screen.is_terminal else PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False, emoji=False)
+    return _Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
 
 
 def print_json(record: Any) -> None:
@@ -28,3 +35,8 @@ def plain(text: str, *, stderr: bool = False) -> None:
     """One line, exactly as it is: never wrapped, never interpreted."""
     with suppress(OSError) if stderr else nullcontext():  # an error that cannot be told still has its exit code
         (sys.stderr if stderr else sys.stdout).write(text + "\n")
+
+
+def forget_stdout() -> None:
+    """Let the interpreter's own flush at exit go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,6 +12,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from memforge.errors import printable
 from memforge.plan import Plan
 
 
@@ -57,12 +58,12 @@ class RunReporter:
             if scores:
                 self.progress.console.print(f"step {row['step']}  {text}{scores}", soft_wrap=True)
             return
-        left = row["seconds"] / row["step"] * (total_steps - row["step"])
+        left = (total_steps - row["step"]) * row["tokens"] / row["step"] / row["tokens_per_second"]
         self.note(f"step {row['step']}/{total_steps}  {text}  ETA {left:.0f} s{scores}")
 
     def finish(self, summary: dict[str, Any]) -> None:
         self.close()
-        self.note(f"wrote {self.run_dir}/{summary['checkpoint']}")
+        self.note(printable(f"wrote {self.run_dir}/{summary['checkpoint']}"))
 
     def close(self) -> None:
         if self.progress is not None:

@@ -138,9 +138,3 @@ def _check_training(spec: Spec) -> Iterator[Problem]:
             f"seq_len = {spec.train.seq_len} is more than model.max_seq_len = {spec.model.max_seq_len}",
             related=((("model", "max_seq_len"), "max_seq_len is set here"),),
         )
-    if spec.train.warmup_steps > spec.train.steps:
-        yield Problem(
-            ("train", "warmup_steps"),
-            f"warmup_steps = {spec.train.warmup_steps} is more than steps = {spec.train.steps}",
-            related=((("train", "steps"), "steps is set here"),),
-        )

@@ -45,7 +45,7 @@ def problems_of(error: ValidationError, values: Any, model: type[BaseModel]) -> 
     """One problem per key path of `values`, in the order Pydantic found them."""
     by_path: dict[KeyPath, list[dict[str, Any]]] = defaultdict(list)
     for item in error.errors(include_url=False):
-        by_path[data_path(item, values)].append(dict(item))
+        by_path[value_path(item, values)].append(dict(item))
     schema = _Schema(model.model_json_schema(), values)
     problems = [
         _problem(path, items, schema if i < MAX_HINTS else _Schema({}, values))
@@ -60,7 +60,7 @@ def _did_you_mean(key: KeyPath) -> str:
     return f"did you mean `{key[-1]}`?" if key else ""
 
 
-def data_path(item: Mapping[str, Any], values: Any) -> KeyPath:
+def value_path(item: Mapping[str, Any], values: Any) -> KeyPath:
     """Pydantic's location without the union tags it puts in; a missing key stays as the last part."""
     loc = list(item["loc"])
     path: list[str | int] = []

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from memforge.errors import KeyPath, UsageError, printable
+from memforge.errors import KeyPath, UsageError, is_text, printable
 from memforge.spec.document import Document, Source, parse, read_source
 
 MAX_EXTENDS = 8
@@ -74,6 +74,20 @@ def resolved(path: Path) -> Path | None:
     return target
 
 
+def data_path(root: Path, name: str) -> Path:
+    """Where a data path leads: relative, inside `root` after links are resolved. Raises ValueError saying why not."""
+    if Path(name).is_absolute() or "\0" in name or "://" in name:
+        raise ValueError("must be a relative path; --data-root DIR says where it starts")
+    target = resolved(root / name)
+    if target is None:
+        raise ValueError("is not a path that can be followed")
+    if not target.is_relative_to(root.resolve()):
+        raise ValueError("leads outside the data root; --data-root DIR moves it")
+    if not (target.is_file() or target.is_dir()):
+        raise ValueError(f"no such file or directory: {name}")
+    return target
+
+
 def overlay(base: Document, top: Document) -> Document:
     """`top` over `base`: tables merge key by key; arrays, inline tables and scalars are replaced whole."""
     merged = Document(top.source, copy.deepcopy(base.values), dict(base.spans), set(base.inline))
@@ -109,7 +123,7 @@ def apply_overrides(document: Document, assignments: Sequence[str]) -> None:
 
 def _as_toml(assignment: str) -> str:
     key, equals, value = (part.strip() for part in assignment.partition("="))
-    if not equals or not key or "\n" in assignment or "#" in key or not _is_text(assignment):
+    if not equals or not key or "\n" in assignment or "#" in key or not is_text(assignment):
         raise UsageError(f"--set {printable(assignment)}: expected KEY=VALUE, for example train.steps=100")
     if re.fullmatch(r"""[^\d\s"'\[\]{}=,#+-][^\s"'\[\]{}=,#]*""", value) and value not in _TOML_WORDS:
         value = json.dumps(value, ensure_ascii=False)
@@ -118,11 +132,6 @@ def _as_toml(assignment: str) -> str:
 
 
 _TOML_WORDS = ("true", "false", "inf", "nan")
-
-
-def _is_text(argument: str) -> bool:
-    """Whether the argument is text; bytes that are not reach Python as lone surrogates."""
-    return not any("\ud800" <= c <= "\udfff" for c in argument)
 
 
 def _leaf_paths(document: Document, path: KeyPath) -> list[KeyPath]:

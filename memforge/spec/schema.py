@@ -86,7 +86,9 @@ class TextSpec(SpecModel):
     kind: Literal["text"]
     path: str = Field(min_length=1, max_length=4096, description="a .txt or .jsonl file, or a folder of them")
     field: str = Field("text", description="the key of the text in each line of a .jsonl file")
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(0.02, description="share of documents kept for eval")
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.02, description="share of the windows kept for evaluation; at least one"
+    )
 
 
 Data = Annotated[FactsSpec | TextSpec, Field(discriminator="kind")]
@@ -111,7 +113,9 @@ class TrainSpec(SpecModel):
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(0, description="linear warm-up from zero")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="shape after the warm-up")
     final_rate: Annotated[float, Field(ge=0, le=1)] = Field(0.01, description="last rate as a share of the peak")
-    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = Field(1.0, description="largest gradient norm")
+    clip_norm: Literal["none"] | Annotated[float, Field(gt=0, le=1e6)] = Field(
+        1.0, description='largest gradient norm; "none" leaves gradients as they are'
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of initialisation and data order")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile; auto: where there is a C++ compiler and the run is long enough"

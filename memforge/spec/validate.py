@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from memforge.errors import Diagnostic, KeyPath, Problem, SpecError, printable
+from memforge.errors import Diagnostic, KeyPath, Problem, SpecError
 from memforge.spec.checks import check
 from memforge.spec.document import Document
-from memforge.spec.explain import data_path, problems_of
-from memforge.spec.load import apply_overrides, read_document, resolve_inside, resolved
+from memforge.spec.explain import problems_of, value_path
+from memforge.spec.load import apply_overrides, data_path, read_document, resolve_inside
 from memforge.spec.placement import MAX_LAYERS
 from memforge.spec.schema import Spec
 
@@ -73,16 +73,10 @@ def _check_data(spec: Spec, data_root: Path) -> Iterator[Problem]:
     name = getattr(spec.data, "path", None)
     if name is None:
         return
-    if Path(name).is_absolute() or "\0" in name or "://" in name:
-        yield Problem(("data", "path"), "must be a relative path", "pass --data-root DIR to read data elsewhere")
-        return
-    target = resolved(data_root / name)
-    if target is None:
-        yield Problem(("data", "path"), "is not a path that can be followed")
-    elif not target.is_relative_to(data_root.resolve()):
-        yield Problem(("data", "path"), "leads outside the data root", "pass --data-root DIR to read data elsewhere")
-    elif not (target.is_file() or target.is_dir()):
-        yield Problem(("data", "path"), f"no such file or directory: {printable(name)}")
+    try:
+        data_path(data_root, name)
+    except ValueError as error:
+        yield Problem(("data", "path"), str(error))
 
 
 def _locate(problem: Problem, document: Document) -> Diagnostic:
@@ -125,7 +119,7 @@ def _valid_part(values: dict[str, Any], error: ValidationError) -> tuple[Spec | 
     for _ in range(MAX_ROUNDS):
         paths = set()
         for item in error.errors(include_url=False):
-            path = _restored(data_path(item, trial), kept)
+            path = _restored(value_path(item, trial), kept)
             if item["type"] == "missing":
                 cut.append(path)
                 if _stand_in(values, path):

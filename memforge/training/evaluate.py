@@ -1,6 +1,5 @@
 """Scores on held-out sequences, and text from a model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memforge.errors import StorageError
-from memforge.storage import storage_errors
-from memforge.training.checkpoint import SUMMARY, open_run
+from memforge.training.checkpoint import SUMMARY, Summary, open_run, read_record
 from memforge.training.data import load_corpus
 from memforge.training.data.corpus import HeldOut, split_evenly
 from memforge.training.data.tokenizer import END_ID
@@ -60,17 +58,13 @@ def evaluate_run(run_dir: Path, *, data_root: Path, device: str) -> dict[str, An
     Raises StorageError when the run is damaged, or its data is not what it was trained on.
     """
     plan, model, _, checkpoint = open_run(run_dir, device)
-    with storage_errors(run_dir):
-        try:
-            summary = json.loads((run_dir / SUMMARY).read_text(encoding="utf-8"))
-            trained_on, last = summary["data"]["corpus_sha256"], summary["final"]
-        except (ValueError, KeyError, TypeError):
-            raise StorageError(f"{run_dir / SUMMARY}: damaged") from None
+    summary = read_record(run_dir / SUMMARY, Summary)
     corpus = load_corpus(plan, data_root)
-    if corpus.description["corpus_sha256"] != trained_on:
+    if corpus.description["corpus_sha256"] != summary.data.get("corpus_sha256"):
         raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
     scores = evaluate(model, corpus.held_out, max_prompts=plan.run.eval.max_prompts, exact_match=corpus.exact_match)
-    return summary | {"final": last | scores, "checkpoint": checkpoint.name}
+    measured = {"final": summary.final | scores, "checkpoint": checkpoint.name}
+    return summary.model_dump(exclude_none=True) | measured
 
 
 @torch.no_grad()
@@ -83,9 +77,11 @@ def generate(
     out: list[int] = []
     while len(out) < max_tokens:
         context = torch.tensor([(tokens + out)[-max_seq_len:]], device=device)
-        logits = model(context)[0][0, -1].float().cpu()
+        logits = model(context)[0][0, -1].double().cpu()
         if temperature > 0:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+            # Relative to the largest, so that no temperature, however small, makes an infinity of it.
+            chances = ((logits - logits.max()) / temperature).softmax(-1)
+            token = int(torch.multinomial(chances, 1, generator=generator))
         else:
             token = int(logits.argmax())
         if token == END_ID:

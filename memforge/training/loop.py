@@ -1,6 +1,7 @@
 """The training loop: a plan in, a run directory out."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
 from memforge.plan import Plan, TrainPlan
-from memforge.storage import storage_errors, write_json
+from memforge.storage import storage_errors
 from memforge.training import checkpoint as files
 from memforge.training.data import Corpus, Stream, load_corpus
 from memforge.training.evaluate import evaluate
@@ -52,11 +53,13 @@ def train(
     data_root: Path = Path(),
     device: str | None = None,
     reporter: Reporter | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train the plan's model and return the summary that is also written to `run_dir/summary.json`.
 
-    `run_dir` must not exist; it appears with plan.json, tokenizer.json, metrics.jsonl and, at the end or at the first
-    signal, a checkpoint. A run that ends before its first step leaves nothing behind.
+    `run_dir` must not exist (with `overwrite` it may be an earlier run, which is deleted). It appears with plan.json,
+    tokenizer.json, metrics.jsonl and, at the end or at the first signal, a checkpoint. A run that ends before its first
+    step leaves nothing behind.
 
     Raises UsageError for a plan that cannot be trained, StorageError, NonFiniteError before the update that a NaN or
     infinity would have spoilt, InterruptedRunError after a signal, with everything saved.
@@ -67,7 +70,8 @@ def train(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available; use --device cpu")
-    with _new_run(run_dir) as started, StopSignal() as stop:
+    _require_memory(plan, device)
+    with _new_run(run_dir, overwrite=overwrite) as started, StopSignal() as stop:
         with storage_errors(run_dir):
             (run_dir / files.PLAN).write_text(plan.to_json(), encoding="utf-8")
             (run_dir / files.TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
@@ -102,9 +106,15 @@ class _Trainer:
     def run(self, stop: StopSignal, started: Callable[[], None]) -> None:
         """All steps, or those until a signal. A row of metrics.jsonl sums up the steps since the one before."""
         losses: list[Tensor] = []
+        norm = torch.tensor(float("nan"))
         began = time.perf_counter()
         while self.step < self.spec.steps and stop.number is None:
-            loss, norm = self.one_step()
+            try:
+                loss, norm = self.one_step()
+            except NonFiniteError:
+                if losses:
+                    self.log(losses, norm, time.perf_counter() - began, {})
+                raise
             losses.append(loss)
             self.step += 1
             if self.step == 1:
@@ -127,7 +137,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         (loss + sum(extra.values())).backward()
         loss = loss.detach()
-        limit = run.clip_norm if run.clip_norm is not None else float("inf")
+        limit = float("inf") if run.clip_norm == "none" else run.clip_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise NonFiniteError(
@@ -184,8 +194,7 @@ class _Trainer:
             "checkpoint": checkpoint.name,
             "interrupted": stop.number is not None,
         }
-        with storage_errors(self.run_dir):
-            write_json(self.run_dir / files.SUMMARY, summary)
+        files.write_summary(self.run_dir, summary)
         self.report.finish(summary)
         if stop.number is not None:
             raise InterruptedRunError(f"interrupted; saved {checkpoint}", stop.number)
@@ -201,11 +210,33 @@ def _checked(plan: Plan) -> TrainPlan:
     return plan.run.train
 
 
+def _require_memory(plan: Plan, device: str) -> None:
+    """Raises DeviceError when weights, gradients and both moments alone, all fp32, exceed the device's memory."""
+    needed = 4 * 4 * sum(row.numel for row in plan.model.params)
+    if device.startswith("cuda"):
+        available = torch.cuda.mem_get_info(device)[1]
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise DeviceError(
+            f"{plan.name}: weights, gradients and optimizer state take {needed / 1e9:,.1f} GB; "
+            f"{device} has {available / 1e9:,.1f} GB"
+        )
+
+
 @contextmanager
-def _new_run(run_dir: Path) -> Iterator[Callable[[], None]]:
+def _new_run(run_dir: Path, *, overwrite: bool) -> Iterator[Callable[[], None]]:
     """Make the run directory; it is removed again if the block fails before it calls the yielded function."""
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise StorageError(f"{run_dir}: exists already; choose another --out or pass --overwrite")
+    if overwrite and files.is_run(run_dir):
+        with storage_errors(run_dir):
+            shutil.rmtree(run_dir)
+    if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
+        which = (
+            "is not only a run of memforge; choose another --out"
+            if overwrite
+            else ("exists already; choose another --out, or --overwrite if it is a run")
+        )
+        raise StorageError(f"{run_dir}: {which}")
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     kept = False

@@ -4,6 +4,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from memforge.errors import Stopped
+
 
 class StopSignal:
     """While entered, remembers the signal that asked to stop. Until `arm` there is nothing to save, and a signal
@@ -34,11 +36,3 @@ class StopSignal:
             self.number = number
             return
         raise Stopped(number)
-
-
-class Stopped(BaseException):
-    """A signal that must end the process now."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; nothing was saved")
-        self.stop_signal = number

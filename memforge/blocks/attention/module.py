@@ -29,7 +29,7 @@ class Attention(nn.Module):
         v = self.wv(x).view(b, t, self.num_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = rotary_angles(t, self.head_dim, self.rope_theta, x.device)
+        cos, sin = rotary_angles(t, self.head_dim, self.rope_theta, q)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -41,14 +41,17 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
 
 
-def rotary_angles(t: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [t, 1, head_dim / 2] in fp32. Computed, not stored: it is small beside one projection, and a
-    model without buffers has nothing to rebuild after it was made on meta.
+def rotary_angles(t: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [t, 1, head_dim / 2], in fp32 or, for an fp64 model, fp64.
+
+    Computed, not stored: it is small beside one projection, and a model without buffers has nothing to rebuild after
+    it was made on meta.
 
     Ref: Su et al. 2021 (2104.09864), section 3.4.2.
     """
-    channel = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    position = torch.arange(t, device=device, dtype=torch.float32)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    channel = torch.arange(0, head_dim, 2, device=like.device, dtype=dtype)
+    position = torch.arange(t, device=like.device, dtype=dtype)
     angle = position[:, None, None] * theta ** (-channel / head_dim)
     return angle.cos(), angle.sin()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memforge.errors import UsageError, printable
+from memforge.errors import UsageError, is_text, printable
+from memforge.spec.load import data_path
 from memforge.spec.schema import TextSpec
 from memforge.training.data.corpus import Corpus, HeldOut, Ragged, digest, split_evenly
 from memforge.training.data.tokenizer import END_ID, train_tokenizer
@@ -20,7 +21,11 @@ def text_corpus(spec: TextSpec, *, root: Path, vocab_size: int, window: int, see
 
     Raises UsageError when there is no text, or fewer than two windows of it.
     """
-    documents = [text for text in _documents(root / spec.path, spec.field, spec.path) if text]
+    try:
+        path = data_path(root, spec.path)
+    except ValueError as error:
+        raise UsageError(f"data.path {printable(spec.path)}: {error}") from None
+    documents = [text for text in _documents(path, spec.field) if text]
     if not documents:
         raise UsageError(f"data.path {printable(spec.path)}: no text in any .txt or .jsonl file")
     tokenizer = train_tokenizer(_sample(documents), vocab_size)
@@ -49,13 +54,13 @@ def text_corpus(spec: TextSpec, *, root: Path, vocab_size: int, window: int, see
     )
 
 
-def _documents(path: Path, field: str, shown: str) -> Iterator[str]:
+def _documents(path: Path, field: str) -> Iterator[str]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
     for file in files:
         if not file.is_file():
             continue
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UsageError(f"data.path: {printable(file.name)} is not UTF-8 text (byte {error.start})") from None
         if file.suffix == ".jsonl":
@@ -65,7 +70,7 @@ def _documents(path: Path, field: str, shown: str) -> Iterator[str]:
 
 
 def _json_lines(text: str, field: str, name: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -74,8 +79,8 @@ def _json_lines(text: str, field: str, name: str) -> Iterator[str]:
             raise UsageError(
                 f"data.path: {printable(name)} line {number} is not a JSON object with `{printable(field)}`"
             ) from None
-        if not isinstance(value, str):
-            raise UsageError(f"data.path: {printable(name)} line {number}: `{printable(field)}` is not a string")
+        if not isinstance(value, str) or not is_text(value):
+            raise UsageError(f"data.path: {printable(name)} line {number}: `{printable(field)}` is not text")
         yield value
 
 
