@@ -127,6 +127,8 @@ class KindPlan(PlanModel):
 
     kind: str
     path: str
+    dim: int
+    num_layers: int
 
     def params(self) -> tuple[Param, ...]:
         raise NotImplementedError
@@ -155,6 +157,10 @@ class KindSpec(SpecModel):
     def plan(self, site: Site, path: str) -> KindPlan:
         """Resolve against the model. Called only after `check` yielded nothing."""
         raise NotImplementedError
+
+    def resolved(self, site: Site, path: str, **given: Any) -> dict[str, Any]:
+        """The fields of a plan: where it stands, the keys of this table, and `given` in the place of some of them."""
+        return {**self.model_dump(), "path": path, "dim": site.dim, "num_layers": site.num_layers, **given}
 
     def own_pool(self) -> "KindSpec | None":
         """The pool this block brings along when it names none."""

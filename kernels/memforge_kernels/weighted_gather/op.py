@@ -28,6 +28,11 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 @torch.library.custom_op("memforge::weighted_gather", mutates_args=())
 def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    if values.is_cuda and weights.dtype != torch.float64:
+        # Triton is needed where it runs, and only there.
+        from memforge_kernels.weighted_gather import kernel
+
+        return kernel.weighted_gather(values, slots, weights)
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights)
     rows = max(1, CHUNK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from memforge.blocks.base import (
-    Dim,
     Kind,
     KindPlan,
     KindSpec,
@@ -54,23 +53,12 @@ class AttentionSpec(KindSpec):
             )
 
     def plan(self, site: Site, path: str) -> "AttentionPlan":
-        return AttentionPlan(
-            kind="attention",
-            path=path,
-            dim=site.dim,
-            num_layers=site.num_layers,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads or self.num_heads,
-            head_dim=self.head_dim or site.dim // self.num_heads,
-            rope_theta=self.rope_theta,
-            qk_norm=self.qk_norm,
-        )
+        kv_heads, head_dim = self.num_kv_heads or self.num_heads, self.head_dim or site.dim // self.num_heads
+        return AttentionPlan(**self.resolved(site, path, num_kv_heads=kv_heads, head_dim=head_dim))
 
 
 class AttentionPlan(KindPlan):
     kind: Literal["attention"]
-    dim: Dim
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int

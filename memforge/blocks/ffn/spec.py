@@ -28,20 +28,11 @@ class FfnSpec(KindSpec):
     activation: Activation = Field("swiglu", description="swiglu has a third matrix; relu2 is the squared ReLU")
 
     def plan(self, site: Site, path: str) -> "FfnPlan":
-        return FfnPlan(
-            kind="ffn",
-            path=path,
-            dim=site.dim,
-            num_layers=site.num_layers,
-            hidden_dim=self.hidden_dim,
-            activation=self.activation,
-        )
+        return FfnPlan(**self.resolved(site, path))
 
 
 class FfnPlan(KindPlan):
     kind: Literal["ffn"]
-    dim: Dim
-    num_layers: int
     hidden_dim: int
     activation: Activation
 

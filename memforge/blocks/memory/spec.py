@@ -95,24 +95,13 @@ class MemorySpec(KindSpec):
     def plan(self, site: Site, path: str) -> "MemoryPlan":
         pool = self._pool(site)
         assert pool is not None
-        return MemoryPlan(
-            kind="memory",
-            path=path,
-            dim=site.dim,
-            pool=f"{path}.pool" if self.pool is None else f"pool.{self.pool}",
-            num_heads=self.num_heads,
-            top_k=self.top_k,
-            key_dim=self.key_dim,
-            gate=self.gate,
-            qk_norm=self.qk_norm,
-            num_sub_keys=pool.num_sub_keys,
-            value_dim=pool.width(site),
-        )
+        where = f"{path}.pool" if self.pool is None else f"pool.{self.pool}"
+        sizes = {"num_sub_keys": pool.num_sub_keys, "value_dim": pool.width(site), "dtype": pool.dtype}
+        return MemoryPlan(**self.resolved(site, path, pool=where, **sizes))
 
 
 class MemoryPlan(KindPlan):
     kind: Literal["memory"]
-    dim: int
     pool: str
     num_heads: int
     top_k: int
@@ -121,6 +110,7 @@ class MemoryPlan(KindPlan):
     qk_norm: bool
     num_sub_keys: int
     value_dim: int
+    dtype: DType
 
     def pool_path(self) -> str:
         return self.pool

@@ -47,28 +47,16 @@ class MoeSpec(KindSpec):
             )
 
     def plan(self, site: Site, path: str) -> "MoePlan":
-        return MoePlan(
-            kind="moe",
-            path=path,
-            dim=site.dim,
-            num_layers=site.num_layers,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            hidden_dim=self.hidden_dim,
-            activation=self.activation,
-            normalize_top_k=self.normalize_top_k,
-            load_balance_coef=self.load_balance_coef,
-        )
+        return MoePlan(**self.resolved(site, path))
 
 
 class MoePlan(KindPlan):
     kind: Literal["moe"]
-    dim: int
-    num_layers: int
     num_experts: int
     top_k: int
     hidden_dim: int
     activation: Activation
+    router: Literal["token_choice"]
     normalize_top_k: bool
     load_balance_coef: float
 

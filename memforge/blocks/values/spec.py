@@ -23,13 +23,7 @@ class ValuesSpec(KindSpec):
         return site.dim if self.value_dim == "model" else self.value_dim
 
     def plan(self, site: Site, path: str) -> "ValuesPlan":
-        return ValuesPlan(
-            kind="values",
-            path=path,
-            num_sub_keys=self.num_sub_keys,
-            value_dim=self.width(site),
-            dtype=self.dtype,
-        )
+        return ValuesPlan(**self.resolved(site, path, value_dim=self.width(site)))
 
 
 class ValuesPlan(KindPlan):

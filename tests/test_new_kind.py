@@ -1,0 +1,49 @@
+"""A kind of another package, registered by one entry point, gets everything the built-in ones have."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO, SMALL, memforge, write
+
+TOY = str(Path(__file__).parent / "toy")
+SPEC = SMALL.replace("[data]", '[[place]]\nlayers = [1]\nblock = { kind = "scale", start = 0.5 }\n\n[data]')
+
+
+@pytest.fixture
+def path() -> dict[str, str]:
+    return {"PYTHONPATH": os.pathsep.join([TOY, os.environ.get("PYTHONPATH", "")])}
+
+
+def test_schema_errors_profile_build_and_training_know_it(tmp_path: Path, path: dict[str, str]) -> None:
+    assert "initial scale" in memforge("schema", **path).stdout
+    wrong = memforge("check", write(tmp_path / "wrong.toml", SPEC.replace("start", "strat")), **path)
+    assert "did you mean `start`?" in wrong.stderr
+    spec = write(tmp_path / "toy.toml", SPEC)
+    cost = json.loads(memforge("profile", spec, "--json", **path).stdout)
+    assert cost["params"]["by_kind"]["scale"] == 32 + 32 * 32
+    assert cost["flops_per_token"]["by_kind"]["scale"] == 6 * 32 * 32
+    built = memforge("build", spec, "--out", tmp_path / "out", **path)
+    assert built.returncode == 0, built.stderr
+    assert "layers_1_scale_mix_weight" in (tmp_path / "out" / "graph.py").read_text()
+    trained = memforge("train", spec, "--out", tmp_path / "run", "--set", "train.steps=2", **path)
+    assert trained.returncode == 0, trained.stderr
+    # Where the package is not installed, the kind is unknown.
+    assert "unknown kind `scale`" in memforge("check", spec).stderr
+
+
+def test_the_contract_tests_cover_it(path: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(REPO / "tests" / "test_blocks_contract.py"), "-k", "scale"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPO,
+        env={**os.environ, **path},
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    # Two examples in six tests, two shapes in one of them, and the spec that is free of torch.
+    assert "13 passed" in done.stdout
