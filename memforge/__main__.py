@@ -7,6 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO, cast
 
+from memforge.errors import Stopped
+
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
@@ -26,6 +28,9 @@ def main() -> None:
         code = leave.code if isinstance(leave.code, int) else 1
     except KeyboardInterrupt:
         cast(TextIO, sys.stderr).write("interrupted\n")
+    except Stopped as stopped:
+        code = stopped.exit_code
+        cast(TextIO, sys.stderr).write(f"{stopped}\n")
     except OSError as error:  # --help into a full disk
         code = 4
         cast(TextIO, sys.stderr).write(f"error: {error.strerror}\n")
@@ -41,8 +46,6 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    from memforge.errors import Stopped
-
     raise Stopped(number)
 
 

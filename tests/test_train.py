@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, memforge, write
+from conftest import REPO, SMALL, memforge, write
 from torch import nn
 
 from memforge.build import build_model
@@ -49,6 +49,18 @@ def test_two_runs_with_one_seed_are_the_same_bytes(tmp_path: Path) -> None:
     other = plan_with(tmp_path / "s.toml", "train.steps=5", "train.seed=1")
     train(other, tmp_path / "three")
     assert rows_of(tmp_path / "three") != rows_of(tmp_path / "one")
+
+
+def test_two_compiled_runs_are_the_same_bytes(tmp_path: Path) -> None:
+    """At the demo's size Inductor's loops run in parallel; in these ten steps they once differed every time."""
+    spec = REPO / "specs" / "demo" / "dense.toml"
+    hashes = set()
+    for name in ("one", "two", "three"):
+        options = ("--set", "train.steps=10", "--set", "train.compile=on", "--set", "eval.max_prompts=8")
+        done = memforge("train", spec, "--out", tmp_path / name, *options, timeout=600)
+        assert done.returncode == 0, done.stderr
+        hashes.add((checkpoints(tmp_path / name)[-1] / "model.safetensors").read_bytes())
+    assert len(hashes) == 1
 
 
 def test_a_run_can_be_evaluated_and_continued_from(tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ def _problem(path: KeyPath, items: list[dict[str, Any]], schema: "_Schema") -> P
     for bound in items:
         if bound["type"] in _BOUNDS:
             text = _BOUNDS[bound["type"]](bound.get("ctx", {}))
-            short = bound["type"] not in ("too_short", "too_long")
-            return Problem(path, f"{text}, got {shown_value(bound['input'])}" if short else text)
+            counted = bound["type"] in ("too_short", "too_long")
+            return Problem(path, text if counted else f"{text}, got {shown_value(bound['input'])}")
     expected = " or ".join(dict.fromkeys(_expected(i) for i in items))
     words = [word for i in items for word in _literals(i)]
     hint = nearest(item["input"], words) if isinstance(item["input"], str) and words else None

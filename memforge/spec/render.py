@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tomlkit
-from tomlkit.items import Item
+from tomlkit.items import Table
 
 from memforge.errors import KeyPath, printable
 from memforge.spec.document import Document
@@ -67,10 +67,7 @@ def _item(value: Any, path: KeyPath, comment: Comment) -> Any:
 def _add(table: Any, key: str, value: Any, path: KeyPath, comment: Comment) -> None:
     item = _item(value, path, comment)
     table.add(key, item)
-    note = comment(path)
-    if (
-        note and isinstance(table[key], Item) and not isinstance(value, dict) | (path[0] == "pool" and len(path) == 2)
-    ) or (note and isinstance(value, dict) and path[0] == "place"):
+    if (note := comment(path)) and not isinstance(item, Table):
         table[key].comment(note)
 
 

@@ -139,7 +139,8 @@ def is_run(path: Path) -> bool:
         return False
     known = {PLAN, TOKENIZER, METRICS, SUMMARY}
     names = {entry.name for entry in path.iterdir()}
-    if not {PLAN, TOKENIZER} <= names or not all(name in known or _STEP.fullmatch(name) for name in names):
+    ours = {name for name in names if name in known or _STEP.fullmatch(name) or name.startswith(".tmp-step-")}
+    if not {PLAN, TOKENIZER} <= names or names > ours:
         return False
     try:
         read_plan(path / PLAN)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +28,8 @@ from memforge.training.signals import StopSignal
 MIN_STEPS_TO_COMPILE = 100
 
 
-class Reporter(Protocol):
-    """Who is told what a run does. The loop itself prints nothing."""
-
-    def note(self, message: str) -> None: ...
-    def start(self, plan: Plan, corpus: Corpus) -> None: ...
-    def row(self, row: dict[str, Any], total_steps: int) -> None: ...
-    def finish(self, summary: dict[str, Any]) -> None: ...
-
-
-class Silent:
-    """Reports nothing."""
+class Reporter:
+    """Who is told what a run does; this one keeps it to itself. The loop prints nothing."""
 
     def note(self, message: str) -> None: ...
     def start(self, plan: Plan, corpus: Corpus) -> None: ...
@@ -64,14 +55,14 @@ def train(
     Raises UsageError for a plan that cannot be trained, StorageError, NonFiniteError before the update that a NaN or
     infinity would have spoilt, InterruptedRunError after a signal, with everything saved.
     """
-    report = reporter or Silent()
+    report = reporter or Reporter()
     run = _checked(plan)
     corpus = load_corpus(plan, data_root)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available; use --device cpu")
     _require_memory(plan, device)
-    with _new_run(run_dir, overwrite=overwrite) as started, StopSignal() as stop:
+    with _new_run(run_dir, overwrite=overwrite) as started, StopSignal() as stop, _deterministic():
         with storage_errors(run_dir):
             (run_dir / files.PLAN).write_text(plan.to_json(), encoding="utf-8")
             (run_dir / files.TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
@@ -225,18 +216,29 @@ def _require_memory(plan: Plan, device: str) -> None:
 
 
 @contextmanager
+def _deterministic() -> Iterator[None]:
+    """One seed, one result, bit for bit: without this Inductor adds embedding gradients by atomics, in any order."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@contextmanager
 def _new_run(run_dir: Path, *, overwrite: bool) -> Iterator[Callable[[], None]]:
     """Make the run directory; it is removed again if the block fails before it calls the yielded function."""
     if overwrite and files.is_run(run_dir):
         with storage_errors(run_dir):
             shutil.rmtree(run_dir)
     if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
-        which = (
-            "is not only a run of memforge; choose another --out"
-            if overwrite
-            else ("exists already; choose another --out, or --overwrite if it is a run")
-        )
-        raise StorageError(f"{run_dir}: {which}")
+        why = "is not only a run of memforge" if overwrite else "exists already (--overwrite deletes an earlier run)"
+        raise StorageError(f"{run_dir}: {why}; choose another --out")
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     kept = False
