@@ -63,6 +63,28 @@ def test_two_compiled_runs_are_the_same_bytes(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
+@pytest.mark.parametrize(
+    ("cxx", "option", "code", "said"),
+    [
+        ("no-such-compiler", "auto", 0, "no C++ compiler: training is eager"),
+        ("false", "auto", 0, "torch.compile does not work here, training is eager"),
+        ("false", "on", 3, 'train.compile = "on"'),
+    ],
+)
+def test_without_a_working_compiler_training_is_eager_and_says_so(
+    tmp_path: Path, cxx: str, option: str, code: int, said: str
+) -> None:
+    options = ("train.steps=100", f"train.compile={option}", "model.num_layers=4", "train.batch_size=1")
+    done = memforge(
+        "train", write(tmp_path / "s.toml", SMALL), "--out", tmp_path / "run",
+        *(x for o in options for x in ("--set", o)), CXX=cxx, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run").exists() is (code == 0)
+
+
 def test_a_run_can_be_evaluated_and_continued_from(tmp_path: Path) -> None:
     spec = write(tmp_path / "s.toml", SMALL)
     done = memforge("train", spec, "--out", tmp_path / "run", "--json")

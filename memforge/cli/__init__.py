@@ -11,7 +11,7 @@ from memforge import __version__
 from memforge.cli import model, runs, specs
 from memforge.errors import MemforgeError, SpecError, Stopped, printable
 from memforge.report.console import forget_stdout, plain, print_json
-from memforge.report.diagnostics import render
+from memforge.report.diagnostics import show
 
 INTERNAL_ERROR = 70
 
@@ -39,7 +39,7 @@ class _Group(TyperGroup):
                     [d.as_dict() for d in error.diagnostics] if isinstance(error, SpecError) else [{"message": message}]
                 )
             elif isinstance(error, SpecError):
-                plain("\n".join(render(error.diagnostics)), stderr=True)
+                show(error.diagnostics)
             else:
                 plain(printable(message), stderr=True)
             if code == INTERNAL_ERROR and os.environ.get("MEMFORGE_TRACEBACK"):

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 
 from rich.cells import cell_len
+from rich.text import Text
 
 from memforge.errors import Diagnostic, Position, dotted, printable
+from memforge.report.console import console, plain
 
 MAX_LINES = 25
 MAX_CODE = 100
-FRAME_LINES = 3
+_GUTTER = "      |"
 
 
 def render(diagnostics: Sequence[Diagnostic]) -> list[str]:
@@ -27,6 +29,17 @@ def render(diagnostics: Sequence[Diagnostic]) -> list[str]:
             lines.append(f"and {left} more")
             break
     return lines
+
+
+def show(diagnostics: Sequence[Diagnostic]) -> None:
+    """Print them on stderr: with colour on a terminal, as they are elsewhere."""
+    screen = console(stderr=True)
+    for line in render(diagnostics):
+        if screen.is_terminal:
+            style = "red" if line.startswith(_GUTTER) else "" if line.startswith(" ") else "bold"
+            screen.print(Text(line, style=style), soft_wrap=True)
+        else:
+            plain(line, stderr=True)
 
 
 def _headline(d: Diagnostic) -> str:
@@ -57,5 +70,5 @@ def _code(where: Position, note: str, mark: str = "^") -> list[str]:
     carets = mark * max(1, cell_len(marked))
     return [
         f"{where.line:>5} | {before}{marked}{after}",
-        f"      | {' ' * cell_len(before)}{carets} {note}".rstrip(),
+        f"{_GUTTER} {' ' * cell_len(before)}{carets} {note}".rstrip(),
     ]

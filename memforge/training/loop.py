@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from memforge.build import build_model
 from memforge.cost import estimate
@@ -101,7 +102,7 @@ class _Trainer:
         began = time.perf_counter()
         while self.step < self.spec.steps and stop.number is None:
             try:
-                loss, norm = self.one_step()
+                loss, norm = self.one_step() if self.step else self.first_step()
             except NonFiniteError:
                 if losses:
                     self.log(losses, norm, time.perf_counter() - began, {})
@@ -118,6 +119,18 @@ class _Trainer:
                 self.training_seconds += seconds
                 self.log(losses, norm, seconds, self.scores() if last or evaluated else {})
                 losses, began = [], time.perf_counter()
+
+    def first_step(self) -> tuple[Tensor, Tensor]:
+        """The first update. Compilation happens here; where it fails, `auto` goes on without it."""
+        try:
+            return self.one_step()
+        except TorchDynamoException as error:
+            reason = str(error).split("\n")[0]
+            if self.spec.compile == "on":
+                raise DeviceError(f'train.compile = "on": {reason}') from None
+            self.report.note(f"torch.compile does not work here, training is eager: {reason}")
+            self.forward = self.model
+            return self.one_step()
 
     def one_step(self) -> tuple[Tensor, Tensor]:
         """One update; the cross-entropy before it and the gradient's norm before clipping."""
@@ -259,14 +272,9 @@ def _compiled(model: nn.Module, run: TrainPlan, report: Reporter) -> Callable[..
     model.train()
     if run.compile == "off" or (run.compile == "auto" and run.steps < MIN_STEPS_TO_COMPILE):
         return model
-    if not _has_cpp_compiler():
-        if run.compile == "on":
-            raise DeviceError('train.compile = "on" needs a C++ compiler (g++ or clang++), and there is none')
+    # The compiler that Inductor looks for on a CPU.
+    if run.compile == "auto" and not shutil.which(os.environ.get("CXX", "g++")):
         report.note("no C++ compiler: training is eager, without torch.compile")
         return model
     report.note("compiling with torch.compile; the first step takes a while")
     return torch.compile(model, fullgraph=True, dynamic=False)
-
-
-def _has_cpp_compiler() -> bool:
-    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
