@@ -14,6 +14,7 @@ def output_of(command: str, directory: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", *shlex.split(command)], cwd=directory, capture_output=True, text=True, check=False
     )
+    assert done.returncode in (0, 2), done.stderr
     return "".join(line.rstrip() + "\n" for line in (done.stdout + done.stderr).splitlines())
 
 

@@ -70,11 +70,11 @@ def require_exact(plan: ModelPlan) -> dict[str, Any]:
     batch, seq_len = COUNTED_BATCH, min(COUNTED_SEQ_LEN, plan.max_seq_len)
     ledger = estimate(plan, batch=batch, seq_len=seq_len).flops(executed=True)
     counter = count_flops(plan, batch, seq_len)
-    built = {
-        (name, tuple(p.shape), str(p.dtype).removeprefix("torch."))
-        for name, p in build_model(plan, device="meta").named_parameters()
-    }
+    model = build_model(plan, device="meta")
+    built = {(name, tuple(p.shape), str(p.dtype).removeprefix("torch.")) for name, p in model.named_parameters()}
     planned = {(row.path, row.shape, row.dtype) for row in plan.params}
+    if buffers := [name for name, _ in model.named_buffers()]:
+        raise CheckFailedError(f"buffers have no row in the plan and would start undefined: {', '.join(buffers)}")
     if built != planned:
         differing = ", ".join(sorted(str(row) for row in built ^ planned)[:6])
         raise CheckFailedError(f"the model does not have the parameters of its plan: {differing}")

@@ -1,8 +1,9 @@
 """The ledger: parameters and FLOPs of a plan, exact integers, without torch.
 
 Conventions, printed on every report: a multiply-add is 2 FLOPs; backward is counted op by op, not assumed to be twice
-the forward; norms, softmax, top-k compares and element-wise work are excluded. `executed` is what the machine does
-and equals torch's FlopCounterMode; `counted` is the model's FLOPs by convention and is what parity compares.
+the forward; norms, softmax, top-k compares and element-wise work are excluded. `executed` takes every op as it is
+implemented, attention as plain matrix products, and equals torch's FlopCounterMode on the meta device (fused attention
+kernels are counted differently or not at all); `counted` is the model's FLOPs by convention, which parity compares.
 """
 
 from collections import defaultdict
@@ -18,7 +19,7 @@ from memforge.plan import ModelPlan, ParamRow
 CONVENTIONS = (
     "a multiply-add is 2 FLOPs; backward is counted op by op",
     "counted: causal attention at half (2*t*t*width forward), scoring backward over the selected sub-keys only",
-    "executed: what the kernels compute, attention matrices in full; equal to torch's FlopCounterMode",
+    "executed: every op as implemented, attention as full matrix products; equal to FlopCounterMode on meta",
     "active parameters: touched by one token - every dense weight and sub-key, one embedding row, the chosen "
     "experts, heads*top_k value rows per reader",
     "bytes: parameter bytes that one token reads in the forward pass, nothing cached",

@@ -40,8 +40,8 @@ class Position:
 class Problem:
     """Something a check found wrong, by key path.
 
-    `related` names the other ends of a conflict. `depends` names the keys without which there would be no problem: if
-    one of them is wrong itself, that is said instead.
+    `related` names the other ends of a conflict; `siblings` and `depends` name what else the check read, in the same
+    table and anywhere. If any of these is wrong itself, that is said instead.
     """
 
     key: KeyPath
@@ -49,7 +49,12 @@ class Problem:
     help: str | None = None
     related: tuple[tuple[KeyPath, str], ...] = ()
     at_key: bool = False
+    siblings: tuple[str, ...] = ()
     depends: tuple[KeyPath, ...] = ()
+
+    def reads(self) -> tuple[KeyPath, ...]:
+        """Every key the problem is about."""
+        return (self.key, *(key for key, _ in self.related), *self.depends)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from memforge.cost import AXES, CostReport, estimate
-from memforge.errors import CheckFailedError
-from memforge.plan import ParityPlan, Plan
+from memforge.cost import AXES, estimate
+from memforge.errors import CheckFailedError, UsageError
+from memforge.plan import ModelPlan, Plan
 from memforge.spec.schema import ToleranceSpec
-
-DEFAULT_TOLERANCE = ToleranceSpec(flops=0.05)
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,7 @@ class Parity:
 
     name: str
     baseline: str
+    seq_len: int
     axes: tuple[Axis, ...]
 
     @property
@@ -52,6 +51,7 @@ class Parity:
     def as_dict(self) -> dict[str, Any]:
         return {
             "against": self.baseline,
+            "seq_len": self.seq_len,
             "ok": self.ok,
             "axes": {
                 a.name: {
@@ -66,21 +66,33 @@ class Parity:
         }
 
 
-def compare(name: str, cost: CostReport, baseline_name: str, baseline: CostReport, tolerance: ToleranceSpec) -> Parity:
-    """Every axis of `cost` over that of `baseline`."""
-    ours, theirs = cost.axes(), baseline.axes()
+def compare(
+    name: str,
+    model: ModelPlan,
+    baseline_name: str,
+    baseline: ModelPlan,
+    tolerance: ToleranceSpec,
+    seq_len: int | None = None,
+) -> Parity:
+    """Every axis of `model` over that of `baseline`, both at `seq_len` tokens (by default the longest both can take).
+
+    Raises UsageError when one of them is shorter than `seq_len`.
+    """
+    t = seq_len or min(model.max_seq_len, baseline.max_seq_len)
+    for who, plan in ((name, model), (baseline_name, baseline)):
+        if t > plan.max_seq_len:
+            raise UsageError(f"{who} takes at most {plan.max_seq_len} tokens (model.max_seq_len), not {t}")
+    ours, theirs = estimate(model, seq_len=t).axes(), estimate(baseline, seq_len=t).axes()
     axes = tuple(Axis(axis, ours[axis], theirs[axis], getattr(tolerance, axis)) for axis in AXES)
-    return Parity(name, baseline_name, axes)
+    return Parity(name, baseline_name, t, axes)
 
 
-def claimed(plan: Plan, *, seq_len: int | None = None) -> Parity | None:
-    """The verdict on the plan's own [parity] claim, at one sequence length for both models."""
-    claim: ParityPlan | None = plan.parity
+def claimed(plan: Plan, seq_len: int | None = None) -> Parity | None:
+    """The verdict on the plan's own [parity] claim."""
+    claim = plan.parity
     if claim is None:
         return None
-    t = seq_len or min(plan.model.max_seq_len, claim.baseline.max_seq_len)
-    ours, theirs = estimate(plan.model, seq_len=t), estimate(claim.baseline, seq_len=t)
-    return compare(plan.name, ours, claim.name, theirs, claim.tolerance)
+    return compare(plan.name, plan.model, claim.name, claim.baseline, claim.tolerance, seq_len)
 
 
 def require(parity: Parity | None) -> None:

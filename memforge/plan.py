@@ -8,22 +8,20 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from memforge.blocks import kinds_of
-from memforge.blocks.base import DType, Init, KindPlan, KindSpec, PlanModel, constant, normal
+from memforge.blocks import union_of
+from memforge.blocks.base import DType, Init, KindPlan, PlanModel, constant, normal
 from memforge.errors import StorageError
 from memforge.spec.checks import selections, site_of
 from memforge.spec.schema import NAME, Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, block_at
 
 FORMAT_VERSION = 1
-
-
-def _one_of(role: Literal["mixer", "block", "pool"]) -> Any:
-    plans = tuple(kind.plan for kind in kinds_of(role))
-    return plans[0] if len(plans) == 1 else Annotated[Union[plans], Field(discriminator="kind")]  # noqa: UP007
+Block: Any = union_of("block", "plan")
+Mixer: Any = union_of("mixer", "plan")
+Pool: Any = union_of("pool", "plan")
 
 
 class ParamRow(PlanModel):
@@ -48,8 +46,8 @@ class ParamRow(PlanModel):
 class LayerPlan(PlanModel):
     """x = x + mixer(norm(x)), then x = x + the sum of the blocks of norm(x)."""
 
-    mixer: _one_of("mixer")  # type: ignore[valid-type]
-    blocks: tuple[_one_of("block"), ...]  # type: ignore[valid-type]
+    mixer: Mixer
+    blocks: tuple[Block, ...]
 
 
 class ModelPlan(PlanModel):
@@ -62,7 +60,7 @@ class ModelPlan(PlanModel):
     tie_embeddings: bool
     norm_eps: float
     layers: tuple[LayerPlan, ...]
-    pools: tuple[_one_of("pool"), ...]  # type: ignore[valid-type]
+    pools: tuple[Pool, ...]
     params: tuple[ParamRow, ...]
 
     @property
@@ -181,16 +179,15 @@ def make_model_plan(spec: Spec) -> ModelPlan:
     assert not problems, "load_spec refuses layers outside the model"
     pools: dict[str, KindPlan] = {f"pool.{name}": pool.plan(site, f"pool.{name}") for name, pool in spec.pool.items()}
 
-    def planned(sub_spec: KindSpec, layer_idx: int) -> KindPlan:
-        path = f"layers.{layer_idx}.{sub_spec.kind}"
-        if (own := sub_spec.own_pool()) is not None:
-            pools[f"{path}.pool"] = own.plan(site, f"{path}.pool")
-        return sub_spec.plan(site, path)
-
     layers = []
     for idx in range(spec.model.num_layers):
         blocks, mixer = block_at(spec, idx, selected)
-        layers.append(LayerPlan(mixer=planned(mixer, idx), blocks=tuple(planned(b, idx) for b in blocks)))
+        for block in blocks:
+            path = f"layers.{idx}.{block.kind}.pool"
+            if (own := block.own_pool()) is not None:
+                pools[path] = own.plan(site, path)
+        planned = tuple(block.plan(site, f"layers.{idx}.{block.kind}") for block in blocks)
+        layers.append(LayerPlan(mixer=mixer.plan(site, f"layers.{idx}.{mixer.kind}"), blocks=planned))
     return ModelPlan(
         dim=spec.model.dim,
         num_layers=spec.model.num_layers,
@@ -209,7 +206,7 @@ def _param_rows(spec: Spec, layers: list[LayerPlan], pools: dict[str, KindPlan])
     dim, vocab, tied = spec.model.dim, spec.model.vocab_size, spec.model.tie_embeddings
     readers: dict[str, list[KindPlan]] = {path: [] for path in pools}
     for layer in layers:
-        for reader in (layer.mixer, *layer.blocks):
+        for reader in layer.blocks:
             if (path := reader.pool_path()) is not None:
                 readers[path].append(reader)
 

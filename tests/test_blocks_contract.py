@@ -26,9 +26,9 @@ def spec_with(kind: Kind, example: dict[str, Any]) -> Spec:
         "attention": {"num_heads": 2},
         "ffn": {"hidden_dim": 16},
     }
-    reader = {"kind": "memory", "num_heads": 2, "top_k": 3, "key_dim": 8, "pool": "p"}
     if kind.role == "pool":
-        values |= {"pool": {"p": example}, "place": [{"layers": [1], "block": reader}]}
+        values["pool"] = {"example": {"kind": kind.name, **example}}
+        values["place"] = [{"layers": [1], "block": dict(kind.reader)}]
     else:
         values["place"] = [{"layers": [1], kind.role: {"kind": kind.name, **example}}]
     return Spec.model_validate(values)

@@ -71,10 +71,14 @@ def test_baselines() -> None:
     assert copy_from_name(known) == 0.25
 
 
-@pytest.mark.parametrize(("num_facts", "max_seq_len", "message"), [(10**6, 96, "holds"), (40, 8, "too short")])
-def test_facts_that_do_not_fit_are_refused(num_facts: int, max_seq_len: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("num_facts", "held", "max_seq_len", "message"),
+    [(10**6, 2, 96, "holds"), (40, 2, 8, "too short"), (4, 7, 96, "a phrasing untrained")],
+)
+def test_facts_that_do_not_fit_are_refused(num_facts: int, held: int, max_seq_len: int, message: str) -> None:
+    spec = FactsSpec(kind="facts", num_facts=num_facts, num_held_out=held)
     with pytest.raises(UsageError, match=message):
-        facts_corpus(FactsSpec(kind="facts", num_facts=num_facts), vocab_size=400, max_seq_len=max_seq_len, seed=0)
+        facts_corpus(spec, vocab_size=400, max_seq_len=max_seq_len, seed=0)
 
 
 def test_the_seed_decides_facts_and_hold_outs() -> None:
@@ -138,6 +142,24 @@ def test_json_lines_may_hold_line_separators_and_a_byte_order_mark(tmp_path: Pat
     lines = "".join(json.dumps({"text": f"one\u2028two {i}"}, ensure_ascii=False) + "\n" for i in range(20))
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     assert text(tmp_path, "a.jsonl").description["documents"] == 20
+
+
+def test_held_out_windows_are_not_trained(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", " ".join(str(i * 7919) for i in range(600)))
+    corpus = text(tmp_path, "a.txt", held_out=0.3)
+    windows = [{tuple(r[i].tolist()) for i in range(len(r))} for r in (corpus.units, corpus.held_out.sequences)]
+    assert len(windows[0]) + len(windows[1]) == len(corpus.units) + len(corpus.held_out.sequences) > 100
+    assert windows[0].isdisjoint(windows[1])
+
+
+def test_a_corpus_speaks_the_tokenizer_it_is_given() -> None:
+    spec = FactsSpec(kind="facts", num_facts=40)
+    own = facts_corpus(spec, vocab_size=400, max_seq_len=96, seed=0)
+    other = train_tokenizer(["something else entirely"], 300)
+    given = facts_corpus(spec, vocab_size=400, max_seq_len=200, seed=0, tokenizer=other)
+    assert given.tokenizer is other
+    assert given.description["corpus_sha256"] == own.description["corpus_sha256"]
+    assert given.description["tokens_per_epoch"] > own.description["tokens_per_epoch"]
 
 
 @pytest.mark.parametrize("path", ["../a.txt", "/etc/passwd", "absent.txt", "loop"])

@@ -10,7 +10,24 @@ import pytest
 from conftest import REPO, SMALL, memforge, write
 
 TOY = str(Path(__file__).parent / "toy")
-SPEC = SMALL.replace("[data]", '[[place]]\nlayers = [1]\nblock = { kind = "scale", start = 0.5 }\n\n[data]')
+SPEC = SMALL.replace(
+    "[data]",
+    """\
+[pool.more]
+kind = "rows"
+num_rows = 5
+
+[[place]]
+layers = [1]
+block = { kind = "scale", start = 0.5 }
+
+[[place]]
+layers = [1]
+mode = "add"
+block = { kind = "fetch", source = "more" }
+
+[data]""",
+)
 
 
 @pytest.fixture
@@ -26,6 +43,13 @@ def test_schema_errors_profile_build_and_training_know_it(tmp_path: Path, path: 
     cost = json.loads(memforge("profile", spec, "--json", **path).stdout)
     assert cost["params"]["by_kind"]["scale"] == 32 + 32 * 32
     assert cost["flops_per_token"]["by_kind"]["scale"] == 6 * 32 * 32
+    # A pool of another kind stands beside [pool.facts], which still says no kind and holds values.
+    assert [(pool["path"], pool["params"], pool["readers"]) for pool in cost["pools"]] == [
+        ("pool.facts", 64 * 32, ["layers.0.memory", "layers.2.memory"]),
+        ("pool.more", 5 * 32, ["layers.1.fetch"]),
+    ]
+    unnamed = memforge("check", write(tmp_path / "pool.toml", SPEC.replace('"more"', '"mor"')), **path)
+    assert "no pool named `mor`" in unnamed.stderr
     built = memforge("build", spec, "--out", tmp_path / "out", **path)
     assert built.returncode == 0, built.stderr
     assert "layers_1_scale_mix_weight" in (tmp_path / "out" / "graph.py").read_text()
@@ -37,7 +61,14 @@ def test_schema_errors_profile_build_and_training_know_it(tmp_path: Path, path: 
 
 def test_the_contract_tests_cover_it(path: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(REPO / "tests" / "test_blocks_contract.py"), "-k", "scale"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(REPO / "tests" / "test_blocks_contract.py"),
+            "-k",
+            "scale or rows-0 or (free_of_torch and rows)",
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -45,5 +76,5 @@ def test_the_contract_tests_cover_it(path: dict[str, str]) -> None:
         env={**os.environ, **path},
     )
     assert done.returncode == 0, done.stdout[-2000:]
-    # Two examples in six tests, two shapes in one of them, and the spec that is free of torch.
-    assert "13 passed" in done.stdout
+    # Three examples in six tests, two shapes in one of them, and two specs that are free of torch.
+    assert "20 passed" in done.stdout

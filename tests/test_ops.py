@@ -117,9 +117,10 @@ def test_topk_finds_what_scoring_every_slot_finds(n: int, h: int, q: int, s: int
     query = torch.randn(n, h, q, generator=g, dtype=dtype)
     sub_keys = torch.randn(h, 2, s, q // 2, generator=g, dtype=dtype)
     scores, slots = product_key_topk(query, sub_keys, k)
-    expected, _ = topk_reference.product_key_topk(query, sub_keys, k)
+    expected, expected_slots = topk_reference.product_key_topk(query, sub_keys, k)
     assert torch.equal(scores, expected)
-    assert ((slots >= 0) & (slots < s * s)).all()
+    apart = (expected.diff(dim=-1) != 0).all(-1)
+    assert torch.equal(slots[apart], expected_slots[apart])
     # The scores belong to the slots: score them again, one by one.
     halves = query.view(n, h, 2, q // 2)
     keys = torch.stack((sub_keys[:, 0].unsqueeze(0).expand(n, -1, -1, -1), sub_keys[:, 1].expand(n, -1, -1, -1)))
@@ -140,6 +141,23 @@ def test_ties_go_to_the_lowest_slot(dtype: torch.dtype) -> None:
     sub_keys = torch.ones(1, 2, 6, 2, dtype=dtype)
     _, slots = product_key_topk(torch.ones(3, 1, 4, dtype=dtype), sub_keys, 4)
     assert slots.tolist() == [[[0, 1, 2, 3]]] * 3
+
+
+def test_rounded_sums_that_tie_go_to_the_lowest_candidate() -> None:
+    """Slots 0 and 1 are as good as 2 after rounding, but (rank 1, rank 1) is no candidate at k = 2."""
+    sub_keys = torch.tensor([[[[1.0], [1.0 + 2**-23]], [[1024.0], [1024.0]]]])
+    query = torch.ones(1, 1, 2)
+    scores, slots = product_key_topk(query, sub_keys, 2)
+    reference_scores, reference_slots = topk_reference.product_key_topk(query, sub_keys, 2)
+    assert torch.equal(scores, reference_scores)
+    assert (slots.flatten().tolist(), reference_slots.flatten().tolist()) == ([0, 2], [0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_slots_outside_the_pool_are_refused(dtype: torch.dtype, slot: int) -> None:
+    with pytest.raises((IndexError, RuntimeError)):
+        weighted_gather(torch.zeros(4, 2, dtype=dtype), torch.tensor([[slot]]), torch.ones(1, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -105,6 +105,17 @@ def test_attention_is_counted_at_half_and_executed_in_full(small: Path) -> None:
         assert (cost.forward, cost.backward) == (4 * t * t * 32, 8 * t * t * 32)
 
 
+def test_both_models_are_compared_at_the_same_length(tmp_path: Path) -> None:
+    write(tmp_path / "short.toml", SMALL.replace('name = "small"', 'name = "short"'))
+    long = SMALL.replace("max_seq_len = 96", "max_seq_len = 192") + '\n[parity]\nagainst = "short.toml"\n'
+    plan = make_plan(load_spec(write(tmp_path / "long.toml", long)))
+    parity = claimed(plan)
+    assert parity is not None
+    assert (parity.seq_len, parity.ok) == (96, True)
+    with pytest.raises(UsageError, match="short takes at most 96 tokens"):
+        claimed(plan, 192)
+
+
 def test_a_parity_claim_names_axis_numbers_and_tolerance(tmp_path: Path) -> None:
     write(tmp_path / "dense.toml", SMALL.replace('name = "small"', 'name = "dense"'))
     wide = SMALL.replace("hidden_dim = 48", "hidden_dim = 200") + '\n[parity]\nagainst = "dense.toml"\n'

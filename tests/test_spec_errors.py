@@ -181,6 +181,29 @@ REGRESSIONS = {
         [("num_layers = 4", "num_layer = 4"), ("top_k = 2", "top_k = 5")],
         [("num_layer", 4), ("top_k", 24)],
     ),
+    "a-stand-in-is-in-no-conflict": (
+        [("dim = 32", 'dim = "32"'), ("num_heads = 4\n", "num_heads = 6\n")],
+        [("dim", 3)],
+    ),
+    "no-ffn-and-a-misspelt-count": (
+        [("num_layers = 4", "num_layer = 4"), ("[ffn]\nhidden_dim = 48", ""), ("[0, 2]", "[0, 1, 2]")],
+        [("num_layer", 4)],
+    ),
+    "two-added-blocks": (
+        [
+            (
+                "[data]",
+                '[[place]]\nlayers = [1]\nmode = "add"\n'
+                'block = { kind = "moe", num_experts = 2, hidden_dim = 4 }\n[data]',
+            ),
+            (
+                "[data]",
+                '[[place]]\nlayers = "all"\nmode = "add"\n'
+                'block = { kind = "memory", num_sub_keys = 4, num_heads = 1, top_k = 2, key_dim = 4 }\n[data]',
+            ),
+        ],
+        [("mode", 32), ("kind", 33)],
+    ),
     "a-bad-rule-and-an-unread-pool": (
         [("layers = [3]", "layers = [9]"), ("[ffn]", "[pool.b]\nnum_sub_keys = 4\n[ffn]")],
         [("b", 12), (0, 25)],

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Field
 
 from memforge.blocks.attention.spec import KIND as ATTENTION
 from memforge.blocks.base import Kind
@@ -35,6 +37,17 @@ def registry() -> Mapping[str, Kind]:
 
 def kinds_of(role: Literal["mixer", "block", "pool"]) -> tuple[Kind, ...]:
     return tuple(kind for kind in registry().values() if kind.role == role)
+
+
+def union_of(role: Literal["mixer", "block", "pool"], part: Literal["spec", "plan"], default: str | None = None) -> Any:
+    """The Pydantic type of all kinds of a role, told apart by `kind`; a table without it is of the `default` kind."""
+    types = tuple(getattr(kind, part) for kind in kinds_of(role))
+
+    def with_kind(value: Any) -> Any:
+        return {"kind": default, **value} if isinstance(value, dict) and "kind" not in value else value
+
+    one = Annotated[Union[types], Field(discriminator="kind")] if len(types) > 1 else types[0]  # noqa: UP007
+    return Annotated[one, BeforeValidator(with_kind)] if default else one
 
 
 def load_module(kind: Kind) -> Any:

@@ -8,7 +8,7 @@ l layers, c vocabulary.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -89,8 +89,9 @@ def norm(name: str, dim: int) -> Param:
 class OpCost:
     """FLOPs of one op over a whole batch; a multiply-add is 2.
 
-    `executed` is what the machine does and what a counter sees; `counted` is the model's FLOPs by convention:
-    causal attention at half, scoring backward over the selected rows, no padding.
+    `forward` and `backward` are those executed: the op as implemented, attention as full matrix products, which is
+    what torch's counter sees on meta. `counted` is the model's FLOPs by convention: causal attention at half, scoring
+    backward over the selected rows, no padding.
     """
 
     op: str
@@ -162,6 +163,10 @@ class KindSpec(SpecModel):
         """The fields of a plan: where it stands, the keys of this table, and `given` in the place of some of them."""
         return {**self.model_dump(), "path": path, "dim": site.dim, "num_layers": site.num_layers, **given}
 
+    def reads(self) -> str | None:
+        """The name of the shared pool this block reads, if any."""
+        return None
+
     def own_pool(self) -> "KindSpec | None":
         """The pool this block brings along when it names none."""
         return None
@@ -171,7 +176,8 @@ class KindSpec(SpecModel):
 class Kind:
     """One entry of the registry. `module` is "package.module:Class", imported only when a model is built.
 
-    `example_site` and `examples` are what the contract tests build: tables as a user would write them.
+    `examples` are tables as a user would write them, for the contract tests; a pool gives in `reader` a block that
+    reads it under the name "example".
     """
 
     name: str
@@ -181,8 +187,7 @@ class Kind:
     module: str
     examples: tuple[Mapping[str, Any], ...]
     summary: str
-
-    example_dim: ClassVar[int] = 32
+    reader: Mapping[str, Any] = field(default_factory=dict)
 
 
 def unknown(key: KeyPath, what: str, name: str, known: list[str]) -> Problem:

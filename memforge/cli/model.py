@@ -73,21 +73,21 @@ def profile(
     """The ledger: parameters, FLOPs and bytes by kind and layer, and the verdict on parity. No torch needed."""
     from memforge import __version__
     from memforge.cost import estimate
-    from memforge.parity import DEFAULT_TOLERANCE, claimed, compare, require
+    from memforge.parity import claimed, compare, require
     from memforge.plan import make_plan
+    from memforge.spec.schema import DEFAULT_TOLERANCE
 
     if tolerance and against is None:
         raise UsageError("--tolerance needs --against; a spec's own claim has its tolerance in [parity]")
     plan = make_plan(load(spec, set_, spec_root))
     report = estimate(plan.model, batch=batch, seq_len=seq_len)
     if against is None:
-        parity = claimed(plan, seq_len=seq_len)
+        parity = claimed(plan, seq_len)
     else:
         other = make_plan(load(against, None, spec_root))
         allowed = plan.parity.tolerance if plan.parity is not None else DEFAULT_TOLERANCE
         allowed = _tolerance(tolerance) if tolerance else allowed
-        baseline = estimate(other.model, batch=batch, seq_len=report.seq_len)
-        parity = compare(plan.name, report, other.name, baseline, allowed)
+        parity = compare(plan.name, plan.model, other.name, other.model, allowed, seq_len)
     cost = report.as_dict()
     if json_:
         head = {"memforge": __version__, "name": plan.name}

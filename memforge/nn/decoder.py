@@ -16,7 +16,6 @@ class Decoder(nn.Module):
 
     def __init__(self, plan: ModelPlan) -> None:
         super().__init__()
-        self.max_seq_len = plan.max_seq_len
         pools = {pool.path: _build(pool) for pool in plan.pools}
         shared = {path.removeprefix("pool."): m for path, m in pools.items() if path.startswith("pool.")}
         self.embedding = nn.Embedding(plan.vocab_size, plan.dim)

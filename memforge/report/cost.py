@@ -83,7 +83,8 @@ def parity_table(parity: dict[str, Any]) -> Table:
     """Every axis beside the baseline's; axes without a tolerance are shown, not judged."""
     verdict = "holds" if parity["ok"] else "FAILS"
     table = _table(
-        f"Parity with {parity['against']}: {verdict}", ("axis", "this", "baseline", "ratio", "tolerance", "")
+        f"Parity with {parity['against']} at seq_len {parity['seq_len']}: {verdict}",
+        ("axis", "this", "baseline", "ratio", "tolerance", ""),
     )
     for name, axis in parity["axes"].items():
         judged = axis["tolerance"] is not None

@@ -43,6 +43,7 @@ def check(spec: Spec) -> Iterator[Problem]:
     for i, rule in enumerate(spec.place):
         yield from _check_rule(i, rule, site)
     yield from _check_layers(spec, selected, placed=not problems)
+    yield from _check_added(spec, selected)
     yield from _check_training(spec)
 
 
@@ -66,7 +67,8 @@ def selections(spec: Spec) -> tuple[list[frozenset[int]], list[Problem]]:
 
 def _under(prefix: KeyPath, block: KindSpec, site: Site) -> Iterator[Problem]:
     for p in block.check(site):
-        yield replace(p, key=(*prefix, *p.key))
+        beside = tuple((*prefix, name) for name in p.siblings)
+        yield replace(p, key=(*prefix, *p.key), siblings=(), depends=p.depends + beside)
 
 
 def _check_rule(i: int, rule: PlaceRule, site: Site) -> Iterator[Problem]:
@@ -88,22 +90,22 @@ def _check_layers(spec: Spec, selected: list[frozenset[int]], *, placed: bool) -
     Unless every rule is `placed` in the model, only pools that no rule names are reported.
     """
     bare, doubled = [], set()
-    read = set() if placed else {getattr(rule.block, "pool", None) for rule in spec.place}
+    read = set() if placed else {rule.block.reads() for rule in spec.place if rule.block is not None}
     for idx in range(spec.model.num_layers if placed else 0):
-        blocks, mixer = block_at(spec, idx, selected)
+        blocks, _ = block_at(spec, idx, selected)
         kinds = [block.kind for block in blocks]
         if not blocks or (len(blocks) == 1 and _is_added(spec, idx, selected)):
             bare.append(idx)
         elif len(kinds) > len(set(kinds)):
             doubled.add(kinds[0])
-        read |= {getattr(block, "pool", None) for block in (*blocks, mixer)}
+        read |= {block.reads() for block in blocks}
     if bare:
         listed = f"layer {bare[0]}" if len(bare) == 1 else f"{len(bare)} layers, the first of them layer {bare[0]}"
         yield Problem(
             ("ffn",),
             f"no block for {listed}",
             "write an [ffn] table or a [[place]] rule for them",
-            depends=(("ffn",), ("place",)),
+            depends=(("place",), ("model", "num_layers")),
         )
     for kind in sorted(doubled):
         rule = next(i for i, r in enumerate(spec.place) if r.mode == "add" and r.block and r.block.kind == kind)
@@ -117,6 +119,18 @@ def _check_layers(spec: Spec, selected: list[frozenset[int]], *, placed: bool) -
             message = f"no block reads the pool `{name}`"
             hint = "remove it or name it in a block"
             yield Problem(("pool", name), message, hint, at_key=True, depends=(("place",),))
+
+
+def _check_added(spec: Spec, selected: list[frozenset[int]]) -> Iterator[Problem]:
+    """At most one block may be added to a layer."""
+    adding = [i for i, rule in enumerate(spec.place) if rule.mode == "add"]
+    for n, second in enumerate(adding):
+        for first in adding[:n]:
+            if both := selected[first] & selected[second]:
+                message = f"layer {min(both)} has an added block already; at most one can be added"
+                there = ((("place", first, "mode"), "the first is added here"),)
+                yield Problem(("place", second, "mode"), message, related=there, depends=(("place",),))
+                break
 
 
 def _is_added(spec: Spec, idx: int, selected: list[frozenset[int]]) -> bool:

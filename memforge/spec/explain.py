@@ -46,18 +46,14 @@ def problems_of(error: ValidationError, values: Any, model: type[BaseModel]) -> 
     by_path: dict[KeyPath, list[dict[str, Any]]] = defaultdict(list)
     for item in error.errors(include_url=False):
         by_path[value_path(item, values)].append(dict(item))
-    schema = _Schema(model.model_json_schema(), values)
+    schema, no_hints = _Schema(model.model_json_schema(), values), _Schema({}, values)
     problems = [
-        _problem(path, items, schema if i < MAX_HINTS else _Schema({}, values))
-        for i, (path, items) in enumerate(by_path.items())
+        _problem(path, items, schema if i < MAX_HINTS else no_hints) for i, (path, items) in enumerate(by_path.items())
     ]
     # A misspelt key is one mistake, not two: the key it was meant to be is not missing.
-    meant = {(*p.key[:-1], p.help) for p in problems if p.message.startswith("unknown key")}
-    return [p for p in problems if (*p.key[:-1], _did_you_mean(p.key)) not in meant]
-
-
-def _did_you_mean(key: KeyPath) -> str:
-    return f"did you mean `{key[-1]}`?" if key else ""
+    unknown = [path for path, items in by_path.items() if items[0]["type"] == "extra_forbidden"][:MAX_HINTS]
+    meant = {(*path[:-1], closest(str(path[-1]), sorted(schema.keys(path[:-1])))) for path in unknown}
+    return [problem for problem in problems if problem.key not in meant]
 
 
 def value_path(item: Mapping[str, Any], values: Any) -> KeyPath:
@@ -106,8 +102,9 @@ def _problem(path: KeyPath, items: list[dict[str, Any]], schema: "_Schema") -> P
             text = _BOUNDS[bound["type"]](bound.get("ctx", {}))
             counted = bound["type"] in ("too_short", "too_long")
             return Problem(path, text if counted else f"{text}, got {shown_value(bound['input'])}")
-    expected = " or ".join(dict.fromkeys(_expected(i) for i in items))
-    words = [word for i in items for word in _literals(i)]
+    words = schema.words(path)
+    wanted = [f'"{word}"' for word in words] + [_expected(i) for i in items if i["type"] != "literal_error"]
+    expected = " or ".join(dict.fromkeys(wanted)) or "something else"
     hint = nearest(item["input"], words) if isinstance(item["input"], str) and words else None
     described = schema.keys(path[:-1]).get(name) or None
     return Problem(path, f"expected {expected}, got {shown_value(item['input'])}", hint or described)
@@ -128,23 +125,18 @@ def _table_name(path: KeyPath) -> str:
 
 
 def _expected(item: Mapping[str, Any]) -> str:
-    if words := _literals(item):
-        return " or ".join(f'"{w}"' for w in words)
     message = str(item["msg"])
     return _EXPECTED.get(item["type"], message[:1].lower() + message[1:])
 
 
-def _literals(item: Mapping[str, Any]) -> list[str]:
-    if item["type"] != "literal_error":
-        return []
-    return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+def closest(name: str, known: list[str]) -> str | None:
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.55)), None)
 
 
 def nearest(name: str, known: list[str]) -> str | None:
     """A hint towards the nearest of `known`, or all of them when they are few."""
-    close = get_close_matches(name, known, n=1, cutoff=0.55)
-    if close:
-        return _did_you_mean((close[0],))
+    if close := closest(name, known):
+        return f"did you mean `{close}`?"
     return f"known: {', '.join(known)}" if 0 < len(known) <= 24 else None
 
 
@@ -165,6 +157,15 @@ class _Schema:
                 for key, field in option.get("properties", {}).items()
             }
         return self._known[path]
+
+    def words(self, path: KeyPath) -> list[str]:
+        """The words that the value at `path` may be."""
+        return [
+            word
+            for node, values in self._nodes(path)
+            for option in self._options(node, values)
+            for word in option.get("enum", [option["const"]] if "const" in option else [])
+        ]
 
     def kinds(self, path: KeyPath) -> list[str]:
         """The kinds that the table at `path` may be."""

@@ -1,10 +1,10 @@
 """The grammar of a spec, table by table. The JSON schema and every error message are derived from it."""
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from memforge.blocks import kinds_of
+from memforge.blocks import union_of
 from memforge.blocks.attention.spec import AttentionSpec
 from memforge.blocks.base import Count, KindSpec, SpecModel
 from memforge.blocks.ffn.spec import FfnSpec
@@ -13,20 +13,9 @@ from memforge.spec.placement import MAX_LAYERS, LayerSelector
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
-def _one_of(role: Literal["mixer", "block"]) -> Any:
-    specs = tuple(kind.spec for kind in kinds_of(role))
-    return specs[0] if len(specs) == 1 else Annotated[Union[specs], Field(discriminator="kind")]  # noqa: UP007
-
-
-def _pool() -> Any:
-    # `kind` may be left out of a pool; it then holds values.
-    specs = tuple(kind.spec for kind in kinds_of("pool"))
-    return specs[0] if len(specs) == 1 else Annotated[Union[specs], Field(discriminator="kind")]  # noqa: UP007
-
-
-Block: Any = _one_of("block")
-Mixer: Any = _one_of("mixer")
-Pool: Any = _pool()
+Block: Any = union_of("block", "spec")
+Mixer: Any = union_of("mixer", "spec", default="attention")
+Pool: Any = union_of("pool", "spec", default="values")
 
 
 class ModelSpec(SpecModel):
@@ -64,11 +53,14 @@ class ToleranceSpec(SpecModel):
     bytes: Tolerance | None = None
 
 
+DEFAULT_TOLERANCE = ToleranceSpec(flops=0.05)
+
+
 class ParitySpec(SpecModel):
     """The claim that this model matches another one."""
 
     against: str = Field(min_length=1, max_length=4096, description="a spec, relative to this file")
-    tolerance: ToleranceSpec = Field(ToleranceSpec(flops=0.05), description="e.g. { flops = 0.05 }")
+    tolerance: ToleranceSpec = Field(DEFAULT_TOLERANCE, description="e.g. { flops = 0.05 }")
 
 
 class FactsSpec(SpecModel):

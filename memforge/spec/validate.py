@@ -1,7 +1,6 @@
 """load_spec: everything that is wrong with a spec, at once, or a valid `Spec`."""
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -89,8 +88,8 @@ def _locate(problem: Problem, document: Document) -> Diagnostic:
     )
 
 
-# What stands in for a required key that is wrong, so that the rest can still be checked: values that no other key can
-# be in conflict with.
+# What stands in for a required key that is wrong, so that the rest can still be checked; what a check finds in a
+# stand-in is not reported.
 _STAND_INS: dict[str, dict[str, Any]] = {
     "model": {"name": "x", "dim": 2**17, "num_layers": MAX_LAYERS, "vocab_size": 2**22, "max_seq_len": 2**24},
     "attention": {"num_heads": 1},
@@ -193,12 +192,5 @@ def _restored_problem(problem: Problem, kept: list[int]) -> Problem:
 
 
 def _is_consequence(problem: Problem, cut: list[KeyPath]) -> bool:
-    """Whether the problem may only be there because something that was dropped is wrong."""
-    words = set(re.findall(r"\w+", f"{problem.message} {problem.help or ''}"))
-    for path in cut:
-        # It is about what was dropped, or about a key of the same table and names what was dropped.
-        if problem.key == path or (problem.key[: len(path) - 1] == path[:-1] and path[-1] in words and len(path) > 1):
-            return True
-        if any(path[: len(key)] == key or key[: len(path)] == path for key in problem.depends):
-            return True
-    return False
+    """Whether the problem may only be there because something it reads was dropped or replaced."""
+    return any(path[: len(key)] == key or key[: len(path)] == path for path in cut for key in problem.reads())

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -56,7 +56,7 @@ class Summary(Record):
     final: dict[str, int | float]
     training_seconds: float
     checkpoint: str
-    interrupted: bool
+    ended: Literal["done", "interrupted", "non-finite"]
     exposures_per_fact: float | None = None
 
 

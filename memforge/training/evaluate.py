@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memforge.errors import StorageError
+from memforge.plan import Plan
 from memforge.training.checkpoint import SUMMARY, Summary, open_run, read_record
-from memforge.training.data import load_corpus
+from memforge.training.data import Corpus, load_corpus
 from memforge.training.data.corpus import HeldOut, split_evenly
 from memforge.training.data.tokenizer import END_ID
 
-BATCH = 64
-
 
 @torch.no_grad()
-def evaluate(model: nn.Module, held_out: HeldOut, *, max_prompts: int, exact_match: bool) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, held_out: HeldOut, *, batch_size: int, max_prompts: int, exact_match: bool
+) -> dict[str, float]:
     """Mean negative log-likelihood per answer token and, if asked for, the share of answers given exactly.
 
     An answer counts as given when each of its tokens, the end included, is the most likely one after the true tokens
@@ -29,7 +30,7 @@ def evaluate(model: nn.Module, held_out: HeldOut, *, max_prompts: int, exact_mat
     device = next(model.parameters()).device
     chosen = np.argsort(held_out.sequences.lengths[:max_prompts], kind="stable")
     nll, num_tokens, num_exact = 0.0, 0, 0
-    for part in split_evenly(len(chosen), BATCH):
+    for part in split_evenly(len(chosen), batch_size):
         tokens, scored = _padded(held_out, chosen[part], device)
         logits = model(tokens[:, :-1])[0].float()
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
@@ -40,6 +41,18 @@ def evaluate(model: nn.Module, held_out: HeldOut, *, max_prompts: int, exact_mat
     model.train(was_training)
     scores = {"held_out_loss": nll / num_tokens}
     return scores | ({"recall": num_exact / len(chosen)} if exact_match else {})
+
+
+def corpus_scores(model: nn.Module, corpus: Corpus, plan: Plan) -> dict[str, float]:
+    """The scores of a model on its corpus, in batches of the training's size."""
+    assert plan.run.train is not None
+    return evaluate(
+        model,
+        corpus.held_out,
+        batch_size=plan.run.train.batch_size,
+        max_prompts=plan.run.eval.max_prompts,
+        exact_match=corpus.exact_match,
+    )
 
 
 def _padded(held_out: HeldOut, chosen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -57,12 +70,12 @@ def evaluate_run(run_dir: Path, *, data_root: Path, device: str) -> dict[str, An
 
     Raises StorageError when the run is damaged, or its data is not what it was trained on.
     """
-    plan, model, _, checkpoint = open_run(run_dir, device)
+    plan, model, tokenizer, checkpoint = open_run(run_dir, device)
     summary = read_record(run_dir / SUMMARY, Summary)
-    corpus = load_corpus(plan, data_root)
+    corpus = load_corpus(plan, data_root, tokenizer)
     if corpus.description["corpus_sha256"] != summary.data.get("corpus_sha256"):
         raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
-    scores = evaluate(model, corpus.held_out, max_prompts=plan.run.eval.max_prompts, exact_match=corpus.exact_match)
+    scores = corpus_scores(model, corpus, plan)
     measured = {"final": summary.final | scores, "checkpoint": checkpoint.name}
     return summary.model_dump(exclude_none=True) | measured
 

@@ -2,12 +2,13 @@
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from memforge.plan import Plan, TrainPlan
 from memforge.storage import storage_errors
 from memforge.training import checkpoint as files
 from memforge.training.data import Corpus, Stream, load_corpus
-from memforge.training.evaluate import evaluate
+from memforge.training.evaluate import corpus_scores
 from memforge.training.optimizer import make_optimizer, rate_share, set_rates
 from memforge.training.signals import StopSignal
 
@@ -70,8 +71,16 @@ def train(
         report.start(plan, corpus)
         model = build_model(plan.model, seed=run.seed, device=device)
         trainer = _Trainer(plan, run, corpus, model, run_dir, report, device)
-        trainer.run(stop, started)
-        return trainer.conclude(stop)
+        try:
+            trainer.run(stop, started)
+        except NonFiniteError:
+            if trainer.step:
+                trainer.conclude("non-finite")
+            raise
+        summary = trainer.conclude("done" if stop.number is None else "interrupted")
+    if stop.number is not None:
+        raise InterruptedRunError(f"interrupted; saved {run_dir / summary['checkpoint']}", stop.number)
+    return summary
 
 
 class _Trainer:
@@ -91,34 +100,31 @@ class _Trainer:
         self.stream = Stream(corpus.units, window=run.seq_len + 1, seed=run.seed)
         self.forward = _compiled(model, run, report)
         self.step = 0
-        self.started = time.perf_counter()
+        self.losses: list[Tensor] = []
+        self.norm = torch.tensor(float("nan"))
+        self.started = self.logged = self.scored_from = time.perf_counter()
         self.training_seconds = 0.0
         self.last: dict[str, Any] = {}
 
     def run(self, stop: StopSignal, started: Callable[[], None]) -> None:
-        """All steps, or those until a signal. A row of metrics.jsonl sums up the steps since the one before."""
-        losses: list[Tensor] = []
-        norm = torch.tensor(float("nan"))
-        began = time.perf_counter()
+        """All steps, or those until a signal."""
+        every = self.plan.run.eval.every_steps
         while self.step < self.spec.steps and stop.number is None:
-            try:
-                loss, norm = self.one_step() if self.step else self.first_step()
-            except NonFiniteError:
-                if losses:
-                    self.log(losses, norm, time.perf_counter() - began, {})
-                raise
-            losses.append(loss)
+            loss, self.norm = self.one_step() if self.step else self.first_step()
+            self.losses.append(loss)
             self.step += 1
             if self.step == 1:
                 started()
                 stop.arm()
-            last = self.step == self.spec.steps or stop.number is not None
-            evaluated = self.plan.run.eval.every_steps and self.step % self.plan.run.eval.every_steps == 0
-            if last or evaluated or self.step % self.spec.log_every == 0 or self.step == 1:
-                seconds = time.perf_counter() - began
-                self.training_seconds += seconds
-                self.log(losses, norm, seconds, self.scores() if last or evaluated else {})
-                losses, began = [], time.perf_counter()
+            if self.step == self.spec.steps:
+                return  # the last row is written with the last scores
+            scored = every is not None and self.step % every == 0
+            if scored or self.step % self.spec.log_every == 0 or self.step == 1:
+                self.log(self.score() if scored else {})
+
+    def score(self) -> dict[str, float]:
+        self.scored_from = time.perf_counter()
+        return corpus_scores(self.model, self.corpus, self.plan)
 
     def first_step(self) -> tuple[Tensor, Tensor]:
         """The first update. Compilation happens here; where it fails, `auto` goes on without it."""
@@ -152,57 +158,56 @@ class _Trainer:
         self.optimizer.step()
         return loss, norm
 
-    def scores(self) -> dict[str, float]:
-        limit, exact = self.plan.run.eval.max_prompts, self.corpus.exact_match
-        return evaluate(self.model, self.corpus.held_out, max_prompts=limit, exact_match=exact)
-
-    def log(self, losses: list[Tensor], norm: Tensor, seconds: float, scores: dict[str, float]) -> None:
+    def log(self, scores: dict[str, float]) -> None:
+        """A row of metrics for the steps since the one before."""
         tokens = self.spec.batch_size * self.spec.seq_len
+        seconds = self.scored_from - self.logged if scores else time.perf_counter() - self.logged
+        self.training_seconds += seconds
         self.last = {
             "step": self.step,
             "tokens": self.step * tokens,
-            "loss": float(torch.stack(losses).mean()),
-            "grad_norm": float(norm),
+            "loss": float(torch.stack(self.losses).mean()),
+            "grad_norm": float(self.norm),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **scores,
             "seconds": round(time.perf_counter() - self.started, 3),
-            "tokens_per_second": round(len(losses) * tokens / seconds, 1),
+            "tokens_per_second": round(len(self.losses) * tokens / seconds, 1),
         }
         with storage_errors(self.run_dir), (self.run_dir / files.METRICS).open("a") as file:
             file.write(json.dumps(self.last) + "\n")
+        self.losses, self.logged = [], time.perf_counter()
         self.report.row(self.last, self.spec.steps)
 
-    def conclude(self, stop: StopSignal) -> dict[str, Any]:
-        """Save, write the summary, and turn a signal into its exit code."""
+    def conclude(self, ended: Literal["done", "interrupted", "non-finite"]) -> dict[str, Any]:
+        """Save first; then, if the run came to its end, score. Nothing that fails from here on loses the weights."""
         checkpoint = files.save_checkpoint(self.run_dir, self.step, self.plan, self.model)
-        cost = estimate(self.plan.model, seq_len=self.spec.seq_len).as_dict()
-        sentences = self.corpus.description.get("sentences")
-        per_epoch = self.corpus.description["tokens_per_epoch"]
-        epochs = self.step * self.spec.batch_size * (self.spec.seq_len + 1) / float(per_epoch)
-        exposures = {}
-        if sentences is not None:
-            exposures["exposures_per_fact"] = epochs * float(sentences) / float(self.corpus.description["facts"])
-        summary = {
+        if self.losses:
+            self.log(self.score() if ended == "done" else {})
+        summary = self.summary(checkpoint.name, ended)
+        files.write_summary(self.run_dir, summary)
+        self.report.finish(summary)
+        return summary
+
+    def summary(self, checkpoint: str, ended: str) -> dict[str, Any]:
+        cost, data = estimate(self.plan.model, seq_len=self.spec.seq_len).as_dict(), self.corpus.description
+        epochs = self.step * self.spec.batch_size * (self.spec.seq_len + 1) / float(data["tokens_per_epoch"])
+        exposures = epochs * float(data["sentences"]) / float(data["facts"]) if "facts" in data else None
+        return {
             "name": self.plan.name,
             "model_hash": self.plan.model.model_hash,
             "steps": self.step,
             "epochs": epochs,
-            **exposures,
+            "exposures_per_fact": exposures,
             "params": cost["params"]["total"],
             "active_params": cost["params"]["active"],
             "flops_per_token": cost["flops_per_token"]["total"],
-            "data": self.corpus.description,
+            "data": data,
             "baselines": self.corpus.baselines,
             "final": self.last,
             "training_seconds": round(self.training_seconds, 3),
-            "checkpoint": checkpoint.name,
-            "interrupted": stop.number is not None,
+            "checkpoint": checkpoint,
+            "ended": ended,
         }
-        files.write_summary(self.run_dir, summary)
-        self.report.finish(summary)
-        if stop.number is not None:
-            raise InterruptedRunError(f"interrupted; saved {checkpoint}", stop.number)
-        return summary
 
 
 def _checked(plan: Plan) -> TrainPlan:
@@ -230,7 +235,10 @@ def _require_memory(plan: Plan, device: str) -> None:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """One seed, one result, bit for bit: without this Inductor adds embedding gradients by atomics, in any order."""
+    """One seed, one result, bit for bit on a CPU, where Inductor otherwise adds embedding gradients by atomics.
+
+    On a GPU it is asked for as well, as far as torch's ops can (a warning names those that cannot); not measured there.
+    """
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
@@ -245,26 +253,36 @@ def _deterministic() -> Iterator[None]:
 
 @contextmanager
 def _new_run(run_dir: Path, *, overwrite: bool) -> Iterator[Callable[[], None]]:
-    """Make the run directory; it is removed again if the block fails before it calls the yielded function."""
+    """Make the run directory. Until the block calls the yielded function, nothing is lost: when it fails before, all is
+    put back as it was, an overwritten run included.
+    """
+    aside = None
     if overwrite and files.is_run(run_dir):
+        aside = run_dir.with_name(f".{run_dir.name}-{secrets.token_hex(4)}.old")
         with storage_errors(run_dir):
-            shutil.rmtree(run_dir)
+            run_dir.rename(aside)
     if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
         why = "is not only a run of memforge" if overwrite else "exists already (--overwrite deletes an earlier run)"
         raise StorageError(f"{run_dir}: {why}; choose another --out")
+    existed, kept = run_dir.exists(), False
     with storage_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    kept = False
 
     def started() -> None:
         nonlocal kept
         kept = True
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
     try:
         yield started
     finally:
         if not kept:
             shutil.rmtree(run_dir, ignore_errors=True)
+            if aside is not None:
+                aside.rename(run_dir)
+            elif existed:
+                run_dir.mkdir()
 
 
 def _compiled(model: nn.Module, run: TrainPlan, report: Reporter) -> Callable[..., Any]:

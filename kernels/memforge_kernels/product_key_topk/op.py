@@ -12,11 +12,13 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, T
     """Best k slots of each head; the score of slot i*s + j is <q1, K1_i> + <q2, K2_j>.
 
     Shape: query [n, h, q], sub_keys [h, 2, s, q/2] -> scores [n, h, k] in fp32 (fp64 for fp64 inputs), descending,
-    and slots [n, h, k] int64. Ties go to the lowest slot; a NaN query gives slots 0..k-1 with NaN scores.
+    and slots [n, h, k] int64. Ties within a half go to the lowest sub-key, ties of sums to the lowest slot among the
+    candidates below; a NaN query gives slots 0..k-1 with NaN scores.
     Cost: 2*n*h*s*q FLOPs forward, 4*n*h*k*q backward (only the selected sub-keys have a gradient).
     Raises: ValueError for shapes that do not fit or k outside 1..s.
     Ref: Lample et al. 2019 (1907.05242), section 3.2. Of the pairs of the two sorted halves only those with
-    (i + 1)(j + 1) <= k can be among the best k, since every pair (i' <= i, j' <= j) scores at least as high.
+    (i + 1)(j + 1) <= k are needed, since every pair (i' <= i, j' <= j) scores at least as high: the scores are those of
+    all s*s slots, and so are the slots unless rounded sums tie where the halves did not.
     """
     if query.dim() != 3 or sub_keys.dim() != 4 or sub_keys.shape[1] != 2:
         raise ValueError(

@@ -49,7 +49,8 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     out = torch.empty(n, v, dtype=weights.dtype, device=weights.device)
     if out.numel():
         columns = block_v(v)
-        _weighted_gather_fwd_kernel[(n, triton.cdiv(v, columns))](
-            values.contiguous(), slots.contiguous(), weights.contiguous(), out, k, v, BLOCK_K=BLOCK_K, BLOCK_V=columns
-        )
+        grid = (n, triton.cdiv(v, columns))
+        arguments = (values.contiguous(), slots.contiguous(), weights.contiguous(), out, k, v)
+        with torch.cuda.device_of(values):  # Triton launches on the current device, whatever its arguments are on
+            _weighted_gather_fwd_kernel[grid](*arguments, BLOCK_K=BLOCK_K, BLOCK_V=columns)
     return out

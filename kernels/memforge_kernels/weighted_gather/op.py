@@ -14,7 +14,8 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     Shape: values [m, v], slots [n, k] int64, weights [n, k] -> [n, v] in the dtype of weights.
     Cost: 2*n*k*v FLOPs, n*k rows read; the backward costs twice that and writes a dense [m, v] gradient, summed
     in the order of the tokens, without atomics.
-    Raises: ValueError for shapes or dtypes that do not fit; IndexError for a slot outside 0..m-1.
+    Raises: ValueError for shapes or dtypes that do not fit. A slot outside 0..m-1 raises IndexError or RuntimeError on
+    a CPU; on a GPU slots are trusted.
     """
     if values.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape:
         raise ValueError(
@@ -37,7 +38,7 @@ def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights)
     rows = max(1, CHUNK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
     parts = [
-        torch.einsum("nk,nkv->nv", w, values[s].to(w.dtype))
+        torch.einsum("nk,nkv->nv", w, F.embedding(s, values).to(w.dtype))
         for s, w in zip(slots.split(rows), weights.split(rows), strict=True)
     ]
     return torch.cat(parts)
@@ -60,7 +61,7 @@ def weight_grad(grad: Tensor, values: Tensor, slots: Tensor) -> Tensor:
         return flat.view(n, k)
     rows = max(1, CHUNK_ELEMENTS // max(1, k * values.shape[1]))
     parts = [
-        torch.einsum("nv,nkv->nk", g, values[s].to(g.dtype))
+        torch.einsum("nv,nkv->nk", g, F.embedding(s, values).to(g.dtype))
         for g, s in zip(grad.split(rows), slots.split(rows), strict=True)
     ]
     return torch.cat(parts)

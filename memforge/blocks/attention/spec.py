@@ -41,15 +41,18 @@ class AttentionSpec(KindSpec):
                 f"num_heads = {self.num_heads} does not divide model.dim = {site.dim}",
                 "choose a divisor, or set head_dim",
                 ((("model", "dim"), "dim is set here"),),
+                siblings=("head_dim",),
             )
         elif (self.head_dim or site.dim // self.num_heads) % 2:
             width = self.head_dim or site.dim // self.num_heads
             key = "head_dim" if self.head_dim else "num_heads"
-            yield Problem((key,), f"the head width {width} is odd; rotary positions turn pairs of channels")
+            message = f"the head width {width} is odd; rotary positions turn pairs of channels"
+            yield Problem((key,), message, siblings=("head_dim",), depends=(("model", "dim"),))
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             yield Problem(
                 ("num_kv_heads",),
                 f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}",
+                siblings=("num_heads",),
             )
 
     def plan(self, site: Site, path: str) -> "AttentionPlan":

@@ -41,6 +41,9 @@ class MemorySpec(KindSpec):
     value_dim: Literal["model"] | Dim | None = Field(None, description="of the block's own pool")
     dtype: DType | None = Field(None, description="of the block's own pool")
 
+    def reads(self) -> str | None:
+        return self.pool
+
     def own_pool(self) -> ValuesSpec | None:
         if self.pool is not None or self.num_sub_keys is None:
             return None
@@ -68,6 +71,7 @@ class MemorySpec(KindSpec):
                 f"top_k = {self.top_k} is more than num_sub_keys = {pool.num_sub_keys}",
                 f"each half offers {pool.num_sub_keys} sub-keys to choose from",
                 where,
+                siblings=("num_sub_keys", "pool"),
             )
 
     def _check_reader(self, site: Site) -> Iterator[Problem]:

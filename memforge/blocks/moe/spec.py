@@ -39,11 +39,13 @@ class MoeSpec(KindSpec):
 
     def check(self, site: Site) -> Iterator[Problem]:
         if self.top_k > self.num_experts:
-            yield Problem(("top_k",), f"top_k = {self.top_k} is more than num_experts = {self.num_experts}")
+            message = f"top_k = {self.top_k} is more than num_experts = {self.num_experts}"
+            yield Problem(("top_k",), message, siblings=("num_experts",))
         if self.normalize_top_k and self.top_k == 1 and self.num_experts > 1:
             yield Problem(
                 ("normalize_top_k",),
                 "with top_k = 1 the rescaled weight is always 1, so the router would get no gradient",
+                siblings=("top_k", "num_experts"),
             )
 
     def plan(self, site: Site, path: str) -> "MoePlan":

@@ -59,4 +59,5 @@ KIND = Kind(
     module="memforge.blocks.values.module:Values",
     examples=({"num_sub_keys": 8}, {"num_sub_keys": 5, "value_dim": 12}),
     summary="value rows read by memory blocks",
+    reader={"kind": "memory", "pool": "example", "num_heads": 2, "top_k": 3, "key_dim": 8},
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from memforge.errors import UsageError
 from memforge.spec.schema import FactsSpec
@@ -53,10 +54,13 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.casefold()))
 
 
-def facts_corpus(spec: FactsSpec, *, vocab_size: int, max_seq_len: int, seed: int) -> Corpus:
+def facts_corpus(
+    spec: FactsSpec, *, vocab_size: int, max_seq_len: int, seed: int, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Facts drawn by `seed`, each trained in all phrasings but `num_held_out` of its own.
 
-    Raises UsageError when there are fewer facts than asked for or a sentence is longer than the model allows.
+    `tokenizer` is trained on the training sentences unless given. Raises UsageError when there are fewer facts than
+    asked for, too few to train every phrasing, or a sentence is longer than the model allows.
     """
     known = airports()
     if spec.num_facts > len(known):
@@ -65,12 +69,18 @@ def facts_corpus(spec: FactsSpec, *, vocab_size: int, max_seq_len: int, seed: in
     facts = [known[i] for i in rng.choice(len(known), spec.num_facts, replace=False)]
     unseen = [set(rng.permutation(len(AIRPORT_PHRASINGS))[: spec.num_held_out].tolist()) for _ in facts]
 
+    if set.intersection(*unseen):
+        raise UsageError(
+            f"data.num_facts = {spec.num_facts} with num_held_out = {spec.num_held_out} leaves a phrasing untrained; "
+            "use more facts or hold out fewer phrasings"
+        )
+
     pairs = [(fact, p) for fact in facts for p in range(len(AIRPORT_PHRASINGS))]
     held = [p in unseen[i // len(AIRPORT_PHRASINGS)] for i, (_, p) in enumerate(pairs)]
     prompts = [AIRPORT_PHRASINGS[p].format(subject=fact.subject) for fact, p in pairs]
     answers = [f" {fact.answer}" for fact, _ in pairs]
     texts = [prompt + answer for prompt, answer, h in zip(prompts, answers, held, strict=True) if not h]
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = tokenizer or train_tokenizer(texts, vocab_size)
 
     # Prompt and answer are encoded apart, so that the answer starts on a token of its own.
     given = [[END_ID, *e.ids] for e in tokenizer.encode_batch(prompts)]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from memforge.errors import UsageError, is_text, printable
 from memforge.spec.load import data_path
@@ -16,7 +17,9 @@ from memforge.training.data.tokenizer import END_ID, train_tokenizer
 TOKENIZER_CHARACTERS = 20_000_000
 
 
-def text_corpus(spec: TextSpec, *, root: Path, vocab_size: int, window: int, seed: int) -> Corpus:
+def text_corpus(
+    spec: TextSpec, *, root: Path, vocab_size: int, window: int, seed: int, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Documents joined by end tokens and cut into windows; a share of the windows, chosen by `seed`, is held out.
 
     Raises UsageError when there is no text, or fewer than two windows of it.
@@ -28,7 +31,7 @@ def text_corpus(spec: TextSpec, *, root: Path, vocab_size: int, window: int, see
     documents = [text for text in _documents(path, spec.field) if text]
     if not documents:
         raise UsageError(f"data.path {printable(spec.path)}: no text in any .txt or .jsonl file")
-    tokenizer = train_tokenizer(_sample(documents), vocab_size)
+    tokenizer = tokenizer or train_tokenizer(_sample(documents), vocab_size)
     flat = np.fromiter((t for e in tokenizer.encode_batch(documents) for t in (END_ID, *e.ids)), dtype=np.int32)
     blocks = [flat[s] for s in split_evenly(len(flat) // window * window, window)]
     if len(blocks) < 2:
@@ -38,7 +41,8 @@ def text_corpus(spec: TextSpec, *, root: Path, vocab_size: int, window: int, see
         )
     num_held = min(max(1, round(spec.held_out * len(blocks))), len(blocks) - 1)
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(blocks))
-    held, kept = sorted(order[:num_held]), sorted(order[num_held:])
+    # Held-out windows stay in random order, so that the first `max_prompts` of them are a fair sample.
+    held, kept = order[:num_held], sorted(order[num_held:])
     return Corpus(
         tokenizer=tokenizer,
         units=Ragged.of(blocks[i].tolist() for i in kept),

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from memforge.training.data.corpus import digest
@@ -15,7 +16,7 @@ END_ID = 0
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of at most `vocab_size` tokens; token 0 separates documents. Reads and fills the cache."""
-    file = _cache_dir() / f"{digest([str(vocab_size), *texts])}.json"
+    file = _cache_dir() / f"{digest([tokenizers.__version__, str(vocab_size), *texts])}.json"
     if (cached := _cached(file)) is not None:
         return cached
     tokenizer = _trained(texts, vocab_size)
