@@ -7,7 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO, cast
 
-from memforge.errors import Stopped
+from memforge.errors import MemforgeError, Stopped
 
 
 def main() -> None:
@@ -31,6 +31,9 @@ def main() -> None:
     except Stopped as stopped:
         code = stopped.exit_code
         cast(TextIO, sys.stderr).write(f"{stopped}\n")
+    except MemforgeError as error:  # a plug-in that cannot be loaded ends the import
+        code = error.exit_code
+        cast(TextIO, sys.stderr).write(f"error: {error}\n")
     except OSError as error:  # --help into a full disk
         code = 4
         cast(TextIO, sys.stderr).write(f"error: {error.strerror}\n")

@@ -78,3 +78,20 @@ def test_the_contract_tests_cover_it(path: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:]
     # Three examples in six tests, two shapes in one of them, and two specs that are free of torch.
     assert "20 passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("absent_module:KIND", "cannot be loaded"),
+        ("json:dumps", "is not a Kind"),
+        ("memforge.blocks.ffn.spec:KIND", "two installed packages define"),
+    ],
+)
+def test_a_broken_plug_in_is_named(tmp_path: Path, target: str, message: str) -> None:
+    write(tmp_path / "broken-0.1.dist-info" / "METADATA", "Metadata-Version: 2.1\nName: broken\nVersion: 0.1\n")
+    write(tmp_path / "broken-0.1.dist-info" / "entry_points.txt", f"[memforge.blocks]\nbroken = {target}\n")
+    done = memforge("schema", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert done.returncode == 3
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

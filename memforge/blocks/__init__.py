@@ -7,7 +7,7 @@ Installed packages add kinds of their own through the entry-point group `memforg
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BeforeValidator, Field
@@ -26,13 +26,23 @@ ENTRY_POINTS = "memforge.blocks"
 
 @cache
 def registry() -> Mapping[str, Kind]:
-    """Every kind by name, built-in ones first. Raises DeviceError when two share a name."""
-    kinds = [*BUILTIN, *(entry.load() for entry in entry_points(group=ENTRY_POINTS))]
+    """Every kind by name, built-in ones first. Raises DeviceError for a plug-in that cannot be used."""
+    kinds = [*BUILTIN, *(_loaded(entry) for entry in entry_points(group=ENTRY_POINTS))]
     by_name = {kind.name: kind for kind in kinds}
     if len(by_name) != len(kinds):
         twice = sorted({k.name for k in kinds if sum(o.name == k.name for o in kinds) > 1})
         raise DeviceError(f"two installed packages define the block kind {', '.join(twice)}")
     return by_name
+
+
+def _loaded(entry: EntryPoint) -> Kind:
+    try:
+        kind = entry.load()
+    except Exception as error:  # a plug-in may fail in any way
+        raise DeviceError(f"the block kind {entry.name} ({entry.value}) cannot be loaded: {error}") from error
+    if not isinstance(kind, Kind):
+        raise DeviceError(f"the block kind {entry.name} ({entry.value}) is not a Kind")
+    return kind
 
 
 def kinds_of(role: Literal["mixer", "block", "pool"]) -> tuple[Kind, ...]:
