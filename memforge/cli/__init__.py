@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from memforge import __version__
 from memforge.cli import model, runs, specs
-from memforge.errors import MemforgeError, SpecError, Stopped, printable
+from memforge.errors import InterruptedRunError, MemforgeError, SpecError, Stopped, printable
 from memforge.report.console import forget_stdout, plain, print_json
 from memforge.report.diagnostics import show
 
@@ -59,6 +59,8 @@ def _explained(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    if isinstance(error, InterruptedRunError):
+        return error.exit_code, str(error)
     if isinstance(error, MemforgeError):
         return error.exit_code, f"error: {error}"
     text = str(error).strip().split("\n")[0]

@@ -27,6 +27,11 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.memforge.weighted_gather(values, slots, weights)
 
 
+def _rows_at_a_time(slots: Tensor, values: Tensor) -> int:
+    """Bags whose gathered rows make up one chunk."""
+    return max(1, CHUNK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
+
+
 @torch.library.custom_op("memforge::weighted_gather", mutates_args=())
 def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     if values.is_cuda and weights.dtype != torch.float64:
@@ -36,7 +41,7 @@ def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         return kernel.weighted_gather(values, slots, weights)
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights)
-    rows = max(1, CHUNK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
+    rows = _rows_at_a_time(slots, values)
     parts = [
         torch.einsum("nk,nkv->nv", w, F.embedding(s, values).to(w.dtype))
         for s, w in zip(slots.split(rows), weights.split(rows), strict=True)
@@ -59,7 +64,7 @@ def weight_grad(grad: Tensor, values: Tensor, slots: Tensor) -> Tensor:
             grad.contiguous(), values, slots.reshape(-1).contiguous(), bag * k, bag.repeat_interleave(k), 0
         )
         return flat.view(n, k)
-    rows = max(1, CHUNK_ELEMENTS // max(1, k * values.shape[1]))
+    rows = _rows_at_a_time(slots, values)
     parts = [
         torch.einsum("nv,nkv->nk", g, F.embedding(s, values).to(g.dtype))
         for g, s in zip(grad.split(rows), slots.split(rows), strict=True)
