@@ -14,7 +14,7 @@ CONSOLES = [text.splitlines() for kind, text in BLOCKS if kind == "console"]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the README's spec, its misspelt twin and the repository's specs."""
     path = tmp_path_factory.mktemp("readme")
     write(path / "spec.toml", SPEC)
@@ -23,20 +23,20 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_command_line_works(workplace: Path) -> None:
+def test_every_command_line_works(directory: Path) -> None:
     lines = [line[2:] for console in CONSOLES for line in console if line.startswith("$ memforge ")]
     assert len(lines) >= 10
     for line in lines:
-        done = memforge(*shlex.split(line)[1:], cwd=workplace)
+        done = memforge(*shlex.split(line)[1:], cwd=directory)
         expected = 2 if "typo" in line else 0
         assert done.returncode == expected, (line, done.stderr)
 
 
-def test_shown_outputs_are_real(workplace: Path) -> None:
+def test_shown_outputs_are_real(directory: Path) -> None:
     shown = [console for console in CONSOLES if len(console) > 1 and not console[1].startswith("$")]
     assert len(shown) == 2
     for command, *output in shown:
-        done = memforge(*shlex.split(command)[2:], cwd=workplace)
+        done = memforge(*shlex.split(command)[2:], cwd=directory)
         real = [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
         assert output == real, "run benchmarks/readme.py to refresh the README"
 
