@@ -7,16 +7,17 @@ everything about data and training. Both are frozen, complete and JSON in and ou
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from memforge.blocks import union_of
-from memforge.blocks.base import DType, Init, KindPlan, PlanModel, constant, normal
+from memforge.blocks.base import DType, Init, KindPlan, Param, PlanModel, constant, normal
 from memforge.errors import StorageError
 from memforge.spec.checks import selections, site_of
-from memforge.spec.schema import NAME, Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, block_at
+from memforge.spec.schema import NAME, Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, parts_at
 
 FORMAT_VERSION = 1
 Block: Any = union_of("block", "plan")
@@ -181,7 +182,8 @@ def make_model_plan(spec: Spec) -> ModelPlan:
 
     layers = []
     for idx in range(spec.model.num_layers):
-        blocks, mixer = block_at(spec, idx, selected)
+        block_spec, added, mixer = parts_at(spec, idx, selected)
+        blocks = [part for part in (block_spec, added) if part is not None]
         for block in blocks:
             path = f"layers.{idx}.{block.kind}.pool"
             if (own := block.own_pool()) is not None:
@@ -210,85 +212,55 @@ def _param_rows(spec: Spec, layers: list[LayerPlan], pools: dict[str, KindPlan])
             if (path := reader.pool_path()) is not None:
                 readers[path].append(reader)
 
-    embedding_readers = ("embedding", "head") if tied else ("embedding",)
-    active = vocab * dim if tied else dim
-    yield _row("embedding.weight", (vocab, dim), "embedding", embedding_readers, normal(dim**-0.5), active)
+    def gain(owner: str, reader: str) -> ParamRow:
+        return _row(owner, Param("weight", (dim,), constant(1.0), decay=False), "norm", (reader,))
+
+    table = Param("weight", (vocab, dim), normal(dim**-0.5), active=vocab * dim if tied else dim)
+    yield _row("embedding", table, "embedding", ("embedding", "head") if tied else ("embedding",))
     for path, pool in pools.items():
         if path.startswith("pool."):
             yield from _pool_rows(pool, readers[path])
     for idx, layer in enumerate(layers):
-        yield _row(f"layers.{idx}.mixer_norm.weight", (dim,), "norm", (f"layers.{idx}",), constant(1.0), decay=False)
+        yield gain(f"layers.{idx}.mixer_norm", f"layers.{idx}")
         yield from _block_rows(layer.mixer)
-        yield _row(f"layers.{idx}.block_norm.weight", (dim,), "norm", (f"layers.{idx}",), constant(1.0), decay=False)
+        yield gain(f"layers.{idx}.block_norm", f"layers.{idx}")
         for block in layer.blocks:
             yield from _block_rows(block)
             if (own := block.pool_path()) is not None and own.startswith(block.path):
                 yield from _pool_rows(pools[own], readers[own])
-    yield _row("norm.weight", (dim,), "norm", ("norm",), constant(1.0), decay=False)
+    yield gain("norm", "norm")
     if not tied:
-        yield _row("head.weight", (vocab, dim), "head", ("head",), normal(dim**-0.5))
-
-
-def _row(
-    path: str,
-    shape: tuple[int, ...],
-    kind: str,
-    readers: tuple[str, ...],
-    init: Init,
-    active: int | None = None,
-    *,
-    decay: bool = True,
-) -> ParamRow:
-    numel = shape[0] * (shape[1] if len(shape) > 1 else 1)
-    return ParamRow(
-        path=path,
-        shape=shape,
-        dtype="float32",
-        kind=kind,
-        owner=path.rpartition(".")[0],
-        readers=readers,
-        init=init,
-        group="dense",
-        decay=decay,
-        numel=numel,
-        active=numel if active is None else active,
-    )
+        yield _row("head", Param("weight", (vocab, dim), normal(dim**-0.5)), "head", ("head",))
 
 
 def _block_rows(block: KindPlan) -> Iterator[ParamRow]:
     for p in block.params():
-        yield ParamRow(
-            path=f"{block.path}.{p.name}",
-            shape=p.shape,
-            dtype=p.dtype,
-            kind=block.kind,
-            owner=block.path,
-            readers=(block.path,),
-            init=p.init,
-            group=p.group,
-            decay=p.decay,
-            numel=p.numel,
-            active=p.numel if p.active is None else min(p.active, p.numel),
-        )
+        yield _row(block.path, p, block.kind, (block.path,))
 
 
 def _pool_rows(pool: KindPlan, readers: list[KindPlan]) -> Iterator[ParamRow]:
+    """A pool counts as the kind that reads it; a token touches the rows that all its readers read."""
     rows_per_token = sum(reader.pool_rows_per_token() for reader in readers)
+    kind = readers[0].kind if readers else pool.kind
     for p in pool.params():
-        width = p.numel // p.shape[0]
-        yield ParamRow(
-            path=f"{pool.path}.{p.name}",
-            shape=p.shape,
-            dtype=p.dtype,
-            kind=readers[0].kind if readers else pool.kind,
-            owner=pool.path,
-            readers=tuple(reader.path for reader in readers),
-            init=p.init,
-            group=p.group,
-            decay=p.decay,
-            numel=p.numel,
-            active=min(rows_per_token * width, p.numel),
-        )
+        active = rows_per_token * (p.numel // p.shape[0])
+        yield _row(pool.path, replace(p, active=active), kind, tuple(reader.path for reader in readers))
+
+
+def _row(owner: str, p: Param, kind: str, readers: tuple[str, ...]) -> ParamRow:
+    return ParamRow(
+        path=f"{owner}.{p.name}",
+        shape=p.shape,
+        dtype=p.dtype,
+        kind=kind,
+        owner=owner,
+        readers=readers,
+        init=p.init,
+        group=p.group,
+        decay=p.decay,
+        numel=p.numel,
+        active=p.numel if p.active is None else min(p.active, p.numel),
+    )
 
 
 def _hash(record: PlanModel) -> str:

@@ -23,7 +23,7 @@ from memforge.training import train
 from memforge.training.checkpoint import checkpoints, load_weights, open_run, save_checkpoint
 from memforge.training.data import load_corpus
 from memforge.training.data.corpus import HeldOut, Ragged, Stream
-from memforge.training.evaluate import evaluate
+from memforge.training.evaluate import evaluate, evaluate_run
 from memforge.training.evaluate import generate as continue_tokens
 from memforge.training.optimizer import make_optimizer, rate_share
 
@@ -221,6 +221,8 @@ def test_weights_are_saved_before_anything_that_may_fail(tmp_path: Path, monkeyp
         with pytest.raises(MemoryError):
             train(plan, tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000003"]
+    scored = evaluate_run(tmp_path / "run", data_root=tmp_path, device="cpu")
+    assert "recall" in scored["final"]
 
     clip, calls = nn.utils.clip_grad_norm_, []
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from memforge.blocks.base import KindSpec, Site
 from memforge.errors import KeyPath, Problem
 from memforge.spec.placement import select_layers
-from memforge.spec.schema import PlaceRule, Spec, block_at
+from memforge.spec.schema import PlaceRule, Spec, parts_at
 
 # Public attributes of torch.nn.ModuleDict; a pool becomes an attribute of one. A test compares this with torch.
 RESERVED_POOL_NAMES = frozenset(
@@ -92,13 +92,12 @@ def _check_layers(spec: Spec, selected: list[frozenset[int]], *, placed: bool) -
     bare, doubled = [], set()
     read = set() if placed else {rule.block.reads() for rule in spec.place if rule.block is not None}
     for idx in range(spec.model.num_layers if placed else 0):
-        blocks, _ = block_at(spec, idx, selected)
-        kinds = [block.kind for block in blocks]
-        if not blocks or (len(blocks) == 1 and _is_added(spec, idx, selected)):
+        block, added, _ = parts_at(spec, idx, selected)
+        if block is None:
             bare.append(idx)
-        elif len(kinds) > len(set(kinds)):
-            doubled.add(kinds[0])
-        read |= {block.reads() for block in blocks}
+        elif added is not None and added.kind == block.kind:
+            doubled.add(block.kind)
+        read |= {part.reads() for part in (block, added) if part is not None}
     if bare:
         listed = f"layer {bare[0]}" if len(bare) == 1 else f"{len(bare)} layers, the first of them layer {bare[0]}"
         yield Problem(
@@ -131,11 +130,6 @@ def _check_added(spec: Spec, selected: list[frozenset[int]]) -> Iterator[Problem
                 there = ((("place", first, "mode"), "the first is added here"),)
                 yield Problem(("place", second, "mode"), message, related=there, depends=(("place",),))
                 break
-
-
-def _is_added(spec: Spec, idx: int, selected: list[frozenset[int]]) -> bool:
-    rules = [r for r, layers in zip(spec.place, selected, strict=True) if idx in layers and r.block is not None]
-    return spec.ffn is None and all(rule.mode == "add" for rule in rules)
 
 
 def _check_training(spec: Spec) -> Iterator[Problem]:

@@ -146,9 +146,11 @@ class Spec(SpecModel):
         return self._baseline
 
 
-def block_at(spec: Spec, layer_idx: int, selected: list[frozenset[int]]) -> tuple[list[KindSpec], KindSpec]:
-    """The blocks and the mixer of a layer after all rules; `selected[i]` are the layers of rule i."""
-    base: KindSpec | None = spec.ffn
+def parts_at(
+    spec: Spec, layer_idx: int, selected: list[frozenset[int]]
+) -> tuple[KindSpec | None, KindSpec | None, KindSpec]:
+    """Block, added block and mixer of a layer after all rules; `selected[i]` are the layers of rule i."""
+    block: KindSpec | None = spec.ffn
     added: KindSpec | None = None
     mixer: KindSpec = spec.attention
     for rule, layers in zip(spec.place, selected, strict=True):
@@ -158,5 +160,5 @@ def block_at(spec: Spec, layer_idx: int, selected: list[frozenset[int]]) -> tupl
         if rule.block is not None and rule.mode == "add":
             added = rule.block
         elif rule.block is not None:
-            base = rule.block
-    return [block for block in (base, added) if block is not None], mixer
+            block = rule.block
+    return block, added, mixer

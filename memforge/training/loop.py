@@ -179,12 +179,17 @@ class _Trainer:
         self.report.row(self.last, self.spec.steps)
 
     def conclude(self, ended: Literal["done", "interrupted", "non-finite"]) -> dict[str, Any]:
-        """Save first; then, if the run came to its end, score. Nothing that fails from here on loses the weights."""
+        """Save first; then, if the run came to its end, score. Where that fails, `eval` works on what is there."""
         checkpoint = files.save_checkpoint(self.run_dir, self.step, self.plan, self.model)
-        if self.losses:
-            self.log(self.score() if ended == "done" else {})
-        summary = self.summary(checkpoint.name, ended)
-        files.write_summary(self.run_dir, summary)
+        scores: dict[str, float] = {}
+        try:
+            if ended == "done":
+                scores = self.score()
+        finally:
+            if self.losses:
+                self.log(scores)
+            summary = self.summary(checkpoint.name, ended)
+            files.write_summary(self.run_dir, summary)
         self.report.finish(summary)
         return summary
 

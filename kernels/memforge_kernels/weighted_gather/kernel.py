@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows in flight per program: with 16-bit values and BLOCK_V = 512 each warp of 4 has 8 loads of 16 bytes under way.
+# Rows in flight per program: at 512 columns of 16 bits they are 8 KB, 4 loads of 16 bytes for each of 128 threads.
 BLOCK_K = 8
 
 
