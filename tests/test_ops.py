@@ -5,14 +5,28 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from memforge_kernels import FLOP_FORMULAS, grouped_linear, product_key_topk, weighted_gather
+from memforge_kernels import (
+    FLOP_FORMULAS,
+    expert_lookup,
+    gather_dot,
+    grouped_linear,
+    product_key_topk,
+    weighted_gather,
+    weighted_scatter,
+)
+from memforge_kernels.expert_lookup import reference as lookup_reference
+from memforge_kernels.expert_lookup.op import Activation
+from memforge_kernels.gather_dot import reference as dot_reference
 from memforge_kernels.grouped_linear import reference as grouped_reference
 from memforge_kernels.product_key_topk import reference as topk_reference
 from memforge_kernels.product_key_topk.op import candidate_pairs
 from memforge_kernels.topk import topk_ties_low
 from memforge_kernels.weighted_gather import reference as gather_reference
+from memforge_kernels.weighted_scatter import reference as scatter_reference
 
 U32 = 2.0**-24
 # Tokens, rows per bag, slots, width: ones, odd sizes, more rows than slots.
@@ -105,6 +119,90 @@ def test_value_gradients_are_the_same_bits_every_time() -> None:
 def test_gather_names_the_sizes_that_do_not_fit(values: Tensor, slots: Tensor, weights: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weighted_gather(values, slots, weights)
+
+
+@pytest.mark.parametrize("shape", GATHER_SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gather_dot_and_its_gradients_stay_within_rounding(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    n, k, m, v = shape
+    values, slots, grad = bag(n, k, m, v, dtype)
+    x = torch.randn(n, v, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    values.requires_grad_()
+    out = gather_dot(x, values, slots)
+    out.backward(grad)
+    x64, v64 = x.detach().double(), values.detach().double()
+    x_ref, v_ref = x64.clone().requires_grad_(), v64.clone().requires_grad_()
+    dot_reference.gather_dot(x_ref, v_ref, slots).backward(grad.double())
+    sizes = v64[slots].abs()
+    scatter = scatter_reference.weighted_scatter(x64.abs(), slots, grad.abs().double(), m)
+    counts = torch.bincount(slots.flatten(), minlength=m)[:, None]
+    checks = [
+        (out, dot_reference.gather_dot(x64, v64, slots), (x64[:, None].abs() * sizes).sum(-1), v, U32),
+        (x.grad, x_ref.grad, (grad.abs()[..., None] * sizes).sum(1), k, U32),
+        (values.grad, v_ref.grad, scatter, counts, torch.finfo(dtype).eps),
+    ]
+    for got, ref, size, num_terms, unit in checks:
+        assert got is not None
+        assert ref is not None
+        assert ((got.double() - ref).abs() <= 2 * num_terms * U32 * size + unit * ref.abs()).all()
+
+
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_gather_dot_refuses_slots_outside_the_pool(slot: int) -> None:
+    with pytest.raises(IndexError):
+        gather_dot(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([[slot]]))
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (4, 2), (2, 1)), ((2, 3), (4, 3), (1, 1)), ((3,), (4, 3), (1, 1))])
+def test_gather_dot_names_the_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...]) -> None:
+    x, values, slots = shapes
+    with pytest.raises(ValueError, match="gather_dot needs"):
+        gather_dot(torch.zeros(x), torch.zeros(values), torch.zeros(slots, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_expert_lookup_is_a_weighted_sum_of_single_neuron_experts(activation: Activation) -> None:
+    down, slots, weights = bag(9, 4, 20, 6, torch.float64)
+    up, x = bag(9, 4, 20, 6, torch.float64, seed=1)[0], torch.randn(9, 6, dtype=torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in (x, down, up, weights)]
+    ours = expert_lookup(x, down, up, slots, weights, activation)
+    naive = lookup_reference.expert_lookup(x, down, up, slots, weights, activation)
+    assert torch.allclose(ours, naive, rtol=1e-12)
+    for got, expected in zip(
+        torch.autograd.grad(ours.square().sum(), leaves),
+        torch.autograd.grad(naive.square().sum(), leaves),
+        strict=True,
+    ):
+        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-13)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an op returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        out = func(*args, **(kwargs or {}))  # type: ignore[operator]
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_expert_lookup_never_holds_a_row_for_each_token_and_expert() -> None:
+    n, k, m, d = 64, 32, 40, 48
+    down, slots, weights = bag(n, k, m, d, torch.float32)
+    up, x = down.clone(), torch.randn(n, d)
+    leaves = [leaf.requires_grad_() for leaf in (x, down, up, weights)]
+    sizes = []
+    for f in (expert_lookup, lookup_reference.expert_lookup):
+        with LargestTensor() as seen:
+            torch.autograd.grad(f(x, down, up, slots, weights).sum(), leaves)
+        sizes.append(seen.largest)
+    assert sizes[0] <= max(n * d, n * k, m * d)
+    assert sizes[1] == n * k * d
 
 
 TOPK_SHAPES = [(1, 1, 2, 2, 1), (5, 3, 8, 7, 4), (4, 2, 16, 40, 32), (6, 1, 6, 5, 5), (0, 2, 4, 4, 2)]
@@ -232,8 +330,8 @@ def op_arguments() -> dict[str, tuple[object, tuple[object, ...]]]:
     ops = torch.ops.memforge
     return {
         "weighted_gather": (ops.weighted_gather, (values.requires_grad_(), slots, weights.requires_grad_())),
-        "weight_grad": (ops.weighted_gather_weight_grad, (grad, values.detach(), slots)),
-        "value_grad": (ops.weighted_gather_value_grad, (grad, slots, weights.detach(), 10)),
+        "gather_dot": (ops.gather_dot, (grad.requires_grad_(), values.detach().requires_grad_(), slots)),
+        "weighted_scatter": (ops.weighted_scatter, (grad.detach(), slots, weights.detach(), 10)),
         "product_key_topk": (
             ops.product_key_topk,
             (torch.randn(5, 2, 6, requires_grad=True), torch.randn(2, 2, 7, 3, requires_grad=True), 3),
@@ -267,6 +365,7 @@ def counted(function: object, *args: object) -> int:
 def test_formulas_equal_the_count_of_the_plain_torch_definitions() -> None:
     """The reference is made of matrix products that torch counts by itself, so no formula is checked by itself."""
     values, slots, weights = bag(6, 3, 10, 4, torch.float32)
+    rows = torch.randn(6, 4)
     gather = [
         counted(lambda f: f(values.requires_grad_(), slots, weights.requires_grad_()).sum().backward(), f)
         for f in (weighted_gather, gather_reference.weighted_gather)
@@ -278,6 +377,19 @@ def test_formulas_equal_the_count_of_the_plain_torch_definitions() -> None:
     ]
     query, sub_keys = torch.randn(5, 2, 6), torch.randn(2, 2, 7, 3)
     topk = [counted(f, query, sub_keys, 3) for f in (product_key_topk, topk_reference.product_key_topk)]
-    assert gather == [3 * 2 * 6 * 3 * 4] * 2
+    dot = [
+        counted(lambda f: f(rows.requires_grad_(), values.requires_grad_(), slots).sum().backward(), f)
+        for f in (gather_dot, dot_reference.gather_dot)
+    ]
+    scatter = [
+        counted(f, rows.detach(), slots, weights, 10) for f in (weighted_scatter, scatter_reference.weighted_scatter)
+    ]
+    lookup = [
+        counted(lambda f: f(rows, values, values, slots, weights.requires_grad_()).sum().backward(), f)
+        for f in (expert_lookup, lookup_reference.expert_lookup)
+    ]
+    assert gather == dot == [3 * 2 * 6 * 3 * 4] * 2
+    assert scatter == [2 * 6 * 3 * 4] * 2
+    assert lookup == [2 * 3 * 2 * 6 * 3 * 4] * 2
     assert grouped == [3 * 2 * 6 * 4 * 5] * 2
     assert topk == [2 * 5 * 2 * 7 * 6] * 2

@@ -1,12 +1,24 @@
 """Operators of memory and expert layers, usable without memforge.
 
 Each op has its own folder: `reference` is the definition in plain torch, any float dtype; `op` is the registered
-operator `torch.ops.memforge.<name>` with a fake kernel for meta and export, a gradient, and a FLOP formula.
+operator `torch.ops.memforge.<name>` with a fake kernel for meta and export, a gradient, and a FLOP formula
+(expert_lookup is made of two of them).
 """
 
+from memforge_kernels.expert_lookup import expert_lookup
 from memforge_kernels.flops import FLOP_FORMULAS
+from memforge_kernels.gather_dot import gather_dot
 from memforge_kernels.grouped_linear import grouped_linear
 from memforge_kernels.product_key_topk import product_key_topk
 from memforge_kernels.weighted_gather import weighted_gather
+from memforge_kernels.weighted_scatter import weighted_scatter
 
-__all__ = ["FLOP_FORMULAS", "grouped_linear", "product_key_topk", "weighted_gather"]
+__all__ = [
+    "FLOP_FORMULAS",
+    "expert_lookup",
+    "gather_dot",
+    "grouped_linear",
+    "product_key_topk",
+    "weighted_gather",
+    "weighted_scatter",
+]

@@ -92,7 +92,7 @@ def _backward(
         d_query = bag.view(n, h, q).to(query.dtype)
     if ctx.needs_input_grad[1]:
         halves = query.reshape(n * h * 2, q // 2).to(grad.dtype)
-        d_keys = torch.ops.memforge.weighted_gather_value_grad(halves, rows, weights, h * 2 * s)
+        d_keys = torch.ops.memforge.weighted_scatter(halves, rows, weights, h * 2 * s)
         d_keys = d_keys.view(sub_keys.shape).to(sub_keys.dtype)
     return d_query, d_keys, None
 

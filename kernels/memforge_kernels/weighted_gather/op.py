@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows gathered at a time where the stored dtype is not the dtype of the sum: 2**22 elements, 16 MiB in fp32.
-CHUNK_ELEMENTS = 2**22
+from memforge_kernels.chunks import rows_at_a_time
 
 
 def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -27,11 +26,6 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.memforge.weighted_gather(values, slots, weights)
 
 
-def _rows_at_a_time(slots: Tensor, values: Tensor) -> int:
-    """Bags whose gathered rows make up one chunk."""
-    return max(1, CHUNK_ELEMENTS // max(1, slots.shape[1] * values.shape[1]))
-
-
 @torch.library.custom_op("memforge::weighted_gather", mutates_args=())
 def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     if values.is_cuda and weights.dtype != torch.float64:
@@ -41,7 +35,7 @@ def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         return kernel.weighted_gather(values, slots, weights)
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights)
-    rows = _rows_at_a_time(slots, values)
+    rows = rows_at_a_time(slots, values)
     parts = [
         torch.einsum("nk,nkv->nv", w, F.embedding(s, values).to(w.dtype))
         for s, w in zip(slots.split(rows), weights.split(rows), strict=True)
@@ -54,54 +48,6 @@ def _(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return weights.new_empty(slots.shape[0], values.shape[1])
 
 
-@torch.library.custom_op("memforge::weighted_gather_weight_grad", mutates_args=())
-def weight_grad(grad: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-    """Dot of each bag's gradient with each of its rows: grad [n, v], values [m, v], slots [n, k] -> [n, k]."""
-    n, k = slots.shape
-    if values.dtype == grad.dtype and n * k:
-        bag = torch.arange(n, device=slots.device)
-        flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad.contiguous(), values, slots.reshape(-1).contiguous(), bag * k, bag.repeat_interleave(k), 0
-        )
-        return flat.view(n, k)
-    rows = _rows_at_a_time(slots, values)
-    parts = [
-        torch.einsum("nv,nkv->nk", g, F.embedding(s, values).to(g.dtype))
-        for g, s in zip(grad.split(rows), slots.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
-
-
-@weight_grad.register_fake
-def _(grad: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-    return grad.new_empty(slots.shape)
-
-
-@torch.library.custom_op("memforge::weighted_gather_value_grad", mutates_args=())
-def value_grad(grad: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
-    """Gradient of the rows: grad [n, v], slots and weights [n, k] -> [num_slots, v], in the dtype of grad.
-
-    It is itself a bag: row `slot` sums the gradients of the tokens that read it. A stable sort by slot fixes the
-    order of each sum, so the result is the same bit for bit from run to run.
-    """
-    n, k = slots.shape
-    out = grad.new_zeros(num_slots, grad.shape[1])
-    if n * k == 0:
-        return out
-    by_slot, order = slots.reshape(-1).sort(stable=True)
-    touched, counts = torch.unique_consecutive(by_slot, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    out[touched] = F.embedding_bag(
-        order // k, grad, starts, mode="sum", per_sample_weights=weights.reshape(-1)[order].to(grad.dtype)
-    )
-    return out
-
-
-@value_grad.register_fake
-def _(grad: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
-    return grad.new_empty(num_slots, grad.shape[1])
-
-
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -110,10 +56,10 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     values, slots, weights = ctx.saved_tensors
     d_values = d_weights = None
     if ctx.needs_input_grad[0]:
-        d_values = torch.ops.memforge.weighted_gather_value_grad(grad, slots, weights, values.shape[0])
+        d_values = torch.ops.memforge.weighted_scatter(grad, slots, weights, values.shape[0])
         d_values = d_values.to(values.dtype)
     if ctx.needs_input_grad[2]:
-        d_weights = torch.ops.memforge.weighted_gather_weight_grad(grad, values, slots)
+        d_weights = torch.ops.memforge.gather_dot(grad, values, slots)
     return d_values, None, d_weights
 
 

@@ -1,0 +1,17 @@
+"""The definition of expert_lookup, in plain torch."""
+
+import torch
+from torch import Tensor
+
+from memforge_kernels.expert_lookup.op import ACTIVATIONS, Activation
+
+
+def expert_lookup(
+    x: Tensor, down: Tensor, up: Tensor, slots: Tensor, weights: Tensor, activation: Activation = "gelu"
+) -> Tensor:
+    """Weighted sum of single-neuron experts. Materialises [n, k, d] twice.
+
+    Shape: x [n, d], down and up [m, d], slots and weights [n, k] -> [n, d].
+    """
+    hidden = ACTIVATIONS[activation](torch.einsum("nd,nkd->nk", x, down[slots].to(x.dtype)))
+    return torch.einsum("nk,nkd->nd", weights * hidden, up[slots].to(x.dtype))
