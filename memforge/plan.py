@@ -7,14 +7,13 @@ everything about data and training. Both are frozen, complete and JSON in and ou
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from memforge.blocks import union_of
-from memforge.blocks.base import DType, Init, KindPlan, Param, PlanModel, constant, normal
+from memforge.blocks.base import DType, Init, KindPlan, Param, PlanModel, RowReads, constant, normal
 from memforge.errors import StorageError
 from memforge.spec.checks import selections, site_of
 from memforge.spec.schema import NAME, Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, parts_at
@@ -28,7 +27,7 @@ Pool: Any = union_of("pool", "plan")
 class ParamRow(PlanModel):
     """One tensor storage: who owns it, who reads it, how it starts and how it learns.
 
-    `path` is the state-dict key. `active` is how many of its elements one token touches.
+    `path` is the state-dict key. `reads` is how one token reads it, reader by reader; empty: it reads all of it.
     """
 
     path: str
@@ -40,8 +39,16 @@ class ParamRow(PlanModel):
     init: Init
     group: Literal["dense", "values"]
     decay: bool
+    reads: tuple[RowReads, ...]
     numel: int
-    active: int
+
+    @property
+    def active(self) -> int:
+        """Elements that one token touches."""
+        if not self.reads:
+            return self.numel
+        rows = sum(read.draws * read.rows for read in self.reads)
+        return min(rows * (self.numel // self.shape[0]), self.numel)
 
 
 class LayerPlan(PlanModel):
@@ -215,7 +222,7 @@ def _param_rows(spec: Spec, layers: list[LayerPlan], pools: dict[str, KindPlan])
     def gain(owner: str, reader: str) -> ParamRow:
         return _row(owner, Param("weight", (dim,), constant(1.0), decay=False), "norm", (reader,))
 
-    table = Param("weight", (vocab, dim), normal(dim**-0.5), active=vocab * dim if tied else dim)
+    table = Param("weight", (vocab, dim), normal(dim**-0.5), reads=None if tied else RowReads(draws=1, rows=1))
     yield _row("embedding", table, "embedding", ("embedding", "head") if tied else ("embedding",))
     for path, pool in pools.items():
         if path.startswith("pool."):
@@ -240,11 +247,12 @@ def _block_rows(block: KindPlan) -> Iterator[ParamRow]:
 
 def _pool_rows(pool: KindPlan, readers: list[KindPlan]) -> Iterator[ParamRow]:
     """A pool counts as the kind that reads it; a token touches the rows that all its readers read."""
-    rows_per_token = sum(reader.pool_rows_per_token() for reader in readers)
     kind = readers[0].kind if readers else pool.kind
+    given = [reader.pool_reads() for reader in readers]
+    reads = [read for read in given if read is not None]
     for p in pool.params():
-        active = rows_per_token * (p.numel // p.shape[0])
-        yield _row(pool.path, replace(p, active=active), kind, tuple(reader.path for reader in readers))
+        row = _row(pool.path, p, kind, tuple(reader.path for reader in readers))
+        yield row.model_copy(update={"reads": tuple(reads) if len(reads) == len(given) else ()})
 
 
 def _row(owner: str, p: Param, kind: str, readers: tuple[str, ...]) -> ParamRow:
@@ -258,8 +266,8 @@ def _row(owner: str, p: Param, kind: str, readers: tuple[str, ...]) -> ParamRow:
         init=p.init,
         group=p.group,
         decay=p.decay,
+        reads=() if p.reads is None else (p.reads,),
         numel=p.numel,
-        active=p.numel if p.active is None else min(p.active, p.numel),
     )
 
 

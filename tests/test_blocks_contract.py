@@ -81,6 +81,19 @@ def test_every_parameter_learns_and_nothing_looks_ahead(kind: Kind, i: int) -> N
     assert not torch.allclose(before[:, 6:], after[:, 6:])
 
 
+@each_example
+def test_what_looks_ahead_in_training_says_so(kind: Kind, i: int) -> None:
+    plan = plan_with(kind, i)
+    model = build_model(plan, seed=3).double().train()
+    tokens = torch.arange(14).view(1, 14) * 3 % 64
+    # Later tokens that differ a lot: what an expert prefers among all of them changes what is left for earlier ones.
+    changed = torch.cat((tokens[:, :6], (tokens[:, 6:] * 7 + 5) % 64), dim=1)
+    with torch.no_grad():
+        before, after = model(tokens)[0], model(changed)[0]
+    same = torch.allclose(before[:, :6], after[:, :6], rtol=0, atol=1e-12)
+    assert same == (part_of(plan, kind).looks_ahead() is None)
+
+
 def p_rows(model: torch.nn.Module, name: str) -> int:
     return model.get_parameter(name).shape[0]
 

@@ -14,13 +14,15 @@ from pydantic import BeforeValidator, Field
 
 from memforge.blocks.attention.spec import KIND as ATTENTION
 from memforge.blocks.base import Kind
+from memforge.blocks.experts.spec import KIND as EXPERTS
 from memforge.blocks.ffn.spec import KIND as FFN
 from memforge.blocks.memory.spec import KIND as MEMORY
 from memforge.blocks.moe.spec import KIND as MOE
+from memforge.blocks.peer.spec import KIND as PEER
 from memforge.blocks.values.spec import KIND as VALUES
 from memforge.errors import DeviceError
 
-BUILTIN: tuple[Kind, ...] = (ATTENTION, FFN, MEMORY, MOE, VALUES)
+BUILTIN: tuple[Kind, ...] = (ATTENTION, FFN, MEMORY, PEER, MOE, VALUES, EXPERTS)
 ENTRY_POINTS = "memforge.blocks"
 
 

@@ -54,12 +54,16 @@ def constant(value: float) -> Init:
     return Init(kind="constant", scale=value)
 
 
+class RowReads(PlanModel):
+    """How one token reads a table: `draws` independent choices of `rows` distinct entries of dimension 0."""
+
+    draws: int
+    rows: int
+
+
 @dataclass(frozen=True)
 class Param:
-    """A parameter a block owns, named relative to the block.
-
-    `active` is the number of elements one token touches (None: all of them).
-    """
+    """A parameter a block owns, named relative to the block. `reads` says how a token reads it (None: all of it)."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,7 +71,7 @@ class Param:
     group: Literal["dense", "values"] = "dense"
     decay: bool = True
     dtype: DType = "float32"
-    active: int | None = None
+    reads: RowReads | None = None
 
     @property
     def numel(self) -> int:
@@ -142,8 +146,13 @@ class KindPlan(PlanModel):
         """The pool this block reads, if any."""
         return None
 
-    def pool_rows_per_token(self) -> int:
-        return 0
+    def pool_reads(self) -> RowReads | None:
+        """How one token reads the rows of that pool; None: all of them."""
+        return None
+
+    def looks_ahead(self) -> str | None:
+        """Why a token's output depends on later tokens in training, if it does. Every report repeats it."""
+        return None
 
 
 class KindSpec(SpecModel):

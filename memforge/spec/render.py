@@ -66,9 +66,9 @@ def _item(value: Any, path: KeyPath, comment: Comment) -> Any:
 
 def _add(table: Any, key: str, value: Any, path: KeyPath, comment: Comment) -> None:
     item = _item(value, path, comment)
-    table.add(key, item)
     if (note := comment(path)) and not isinstance(item, Table):
-        table[key].comment(note)
+        item.comment(note)
+    table.add(key, item)
 
 
 def _inline(value: Any) -> Any:

@@ -12,6 +12,7 @@ from memforge.blocks.base import (
     OpCost,
     Param,
     Site,
+    SpecModel,
     linear,
     matmul_cost,
     norm,
@@ -20,6 +21,40 @@ from memforge.blocks.base import (
 from memforge.errors import Problem
 
 Heads = Annotated[int, Field(ge=1, le=1024)]
+
+
+Factor = Annotated[float, Field(ge=1, le=1e6)]
+Positions = Annotated[int, Field(ge=1, le=2**24)]
+
+
+class LinearScaling(SpecModel):
+    """Positions divided by `factor` (Chen et al. 2023, 2306.15595)."""
+
+    kind: Literal["linear"]
+    factor: Factor = Field(description="how much longer the context became")
+
+
+class Llama3Scaling(SpecModel):
+    """Long wavelengths stretched by `factor`, short ones kept, those between blended (Llama 3.1)."""
+
+    kind: Literal["llama3"]
+    factor: Factor = Field(8.0, description="how much longer the context became")
+    low_freq_factor: Factor = Field(1.0, description="wavelengths over original / this are stretched in full")
+    high_freq_factor: Factor = Field(4.0, description="wavelengths under original / this are kept")
+    original_max_seq_len: Positions = Field(description="context before the extension")
+
+
+class YarnScaling(SpecModel):
+    """Interpolation by how often a channel turns within the original context (Peng et al. 2023, 2309.00071)."""
+
+    kind: Literal["yarn"]
+    factor: Factor = Field(description="how much longer the context became")
+    original_max_seq_len: Positions = Field(description="context before the extension")
+    beta_fast: Factor = Field(32.0, description="channels that turn more often are kept")
+    beta_slow: Factor = Field(1.0, description="channels that turn less often are stretched in full")
+
+
+RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="kind")]
 
 
 class AttentionSpec(KindSpec):
@@ -31,7 +66,13 @@ class AttentionSpec(KindSpec):
     head_dim: Annotated[int, Field(ge=2, le=4096)] | None = Field(
         None, description="width of a head; dim / num_heads when absent"
     )
-    rope_theta: Annotated[float, Field(ge=1, le=1e12)] = Field(500_000.0, description="base of the rotary angles")
+    rope_theta: Annotated[float, Field(gt=1, le=1e12)] = Field(500_000.0, description="base of the rotary angles")
+    rope_scaling: RopeScaling | None = Field(
+        None, description='longer contexts: { kind = "linear" | "llama3" | "yarn", factor = .. }'
+    )
+    window: Positions | None = Field(
+        None, description="a token sees itself and the window - 1 tokens before it; all before it when absent"
+    )
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys, per head, before the rotation")
 
     def check(self, site: Site) -> Iterator[Problem]:
@@ -54,6 +95,20 @@ class AttentionSpec(KindSpec):
                 f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}",
                 siblings=("num_heads",),
             )
+        scaling = self.rope_scaling
+        if isinstance(scaling, Llama3Scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
+            yield Problem(
+                ("rope_scaling", "high_freq_factor"),
+                f"high_freq_factor = {scaling.high_freq_factor:g} is not above low_freq_factor = "
+                f"{scaling.low_freq_factor:g}",
+                siblings=("rope_scaling",),
+            )
+        if isinstance(scaling, YarnScaling) and scaling.beta_fast <= scaling.beta_slow:
+            yield Problem(
+                ("rope_scaling", "beta_fast"),
+                f"beta_fast = {scaling.beta_fast:g} is not above beta_slow = {scaling.beta_slow:g}",
+                siblings=("rope_scaling",),
+            )
 
     def plan(self, site: Site, path: str) -> "AttentionPlan":
         kv_heads, head_dim = self.num_kv_heads or self.num_heads, self.head_dim or site.dim // self.num_heads
@@ -66,6 +121,8 @@ class AttentionPlan(KindPlan):
     num_kv_heads: int
     head_dim: int
     rope_theta: float
+    rope_scaling: RopeScaling | None
+    window: int | None
     qk_norm: bool
 
     def params(self) -> tuple[Param, ...]:
@@ -84,13 +141,15 @@ class AttentionPlan(KindPlan):
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         n, q_dim, kv_dim = batch * seq_len, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        # Scores and mixing, each 2*t*t per channel; the executed matrices are full, a causal model needs half.
-        scores = 4 * batch * seq_len * seq_len * q_dim
+        # Scores and mixing, each 2*t*t per channel as executed, in full matrices. A causal model needs half of that;
+        # with a window of w only the band below the diagonal: w*t - w*w/2 pairs, which is t*t/2 at w = t.
+        scores, w = 4 * batch * seq_len * seq_len * q_dim, min(self.window or seq_len, seq_len)
+        needed = 2 * batch * w * (2 * seq_len - w) * q_dim
         return (
             matmul_cost("wq", n, self.dim, q_dim),
             matmul_cost("wk", n, self.dim, kv_dim),
             matmul_cost("wv", n, self.dim, kv_dim),
-            OpCost("attention", scores, 2 * scores, scores // 2, scores),
+            OpCost("attention", scores, 2 * scores, needed, 2 * needed),
             matmul_cost("wo", n, q_dim, self.dim),
         )
 
@@ -105,6 +164,9 @@ KIND = Kind(
         {"num_heads": 4},
         {"num_heads": 4, "num_kv_heads": 2, "rope_theta": 10000.0},
         {"num_heads": 2, "num_kv_heads": 1, "head_dim": 24, "qk_norm": True},
+        {"num_heads": 4, "window": 3, "rope_scaling": {"kind": "linear", "factor": 2.0}},
+        {"num_heads": 1, "window": 99, "rope_scaling": {"kind": "llama3", "original_max_seq_len": 8}},
+        {"num_heads": 2, "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 4}},
     ),
     summary="causal self-attention with grouped queries and rotary positions",
 )

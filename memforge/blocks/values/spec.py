@@ -1,23 +1,18 @@
 """A pool of value rows that one or many memory blocks read."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from memforge.blocks.base import Dim, DType, Kind, KindPlan, KindSpec, OpCost, Param, Site, normal
-
-# At most 2**32 slots, so that a slot and an fp32 score share one 64-bit sorting key (memforge_kernels.topk); with the
-# widest row, 2**17, element offsets stay below 2**49.
-SubKeys = Annotated[int, Field(ge=1, le=2**16)]
+from memforge.blocks.base import Dim, DType, Kind, KindPlan, OpCost, Param, Site, normal
+from memforge.blocks.product_keys.spec import ProductKeyPoolSpec
 
 
-class ValuesSpec(KindSpec):
+class ValuesSpec(ProductKeyPoolSpec):
     """A pool of num_sub_keys ** 2 trainable rows, owned by the model and read by memory blocks."""
 
     kind: Literal["values"] = "values"
-    num_sub_keys: SubKeys = Field(description="sub-keys per half; slots = num_sub_keys ** 2")
     value_dim: Literal["model"] | Dim = Field("model", description='width of a row; "model" is model.dim')
-    dtype: DType = Field("float32", description="storage type of the rows")
 
     def width(self, site: Site) -> int:
         return site.dim if self.value_dim == "model" else self.value_dim
@@ -33,18 +28,9 @@ class ValuesPlan(KindPlan):
     dtype: DType
 
     def params(self) -> tuple[Param, ...]:
-        slots = self.num_sub_keys**2
+        shape, start = (self.num_sub_keys**2, self.value_dim), normal(self.value_dim**-0.5)
         # No decay: rows that are not read would shrink without ever seeing a gradient.
-        return (
-            Param(
-                "values",
-                (slots, self.value_dim),
-                normal(self.value_dim**-0.5),
-                group="values",
-                decay=False,
-                dtype=self.dtype,
-            ),
-        )
+        return (Param("values", shape, start, group="values", decay=False, dtype=self.dtype),)
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         """Nothing of its own: reading rows is the cost of the block that reads them."""

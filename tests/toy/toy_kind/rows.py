@@ -54,9 +54,6 @@ class FetchPlan(KindPlan):
     def pool_path(self) -> str:
         return f"pool.{self.source}"
 
-    def pool_rows_per_token(self) -> int:
-        return 10**9  # all of them
-
     def params(self) -> tuple[Param, ...]:
         return ()
 
