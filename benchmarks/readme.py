@@ -18,6 +18,19 @@ def output_of(command: str, directory: Path) -> str:
     return "".join(line.rstrip() + "\n" for line in (done.stdout + done.stderr).splitlines())
 
 
+def refreshed(shown: str, real: str) -> str:
+    """The real output; where the README leaves sections out ("..."), only those that it shows, by their first words."""
+    if "\n...\n" not in shown:
+        return real
+    parts = shown.strip("\n").split("\n\n")
+    fresh = {title_of(section): section for section in real.strip("\n").split("\n\n")}
+    return "\n\n".join(part if part == "..." else fresh[title_of(part)] for part in parts) + "\n"
+
+
+def title_of(section: str) -> tuple[str, ...]:
+    return tuple(section.split()[:2])
+
+
 def main() -> None:
     readme = REPO / "README.md"
     text = readme.read_text(encoding="utf-8")
@@ -29,9 +42,9 @@ def main() -> None:
         typo = spec[1].replace("num_heads = 4\n", "num_head = 4\n").replace("top_k = 16", "top_k = 128")
         (directory / "typo.toml").write_text(typo, encoding="utf-8")
         shown = re.compile(
-            r"^(```console\n\$ (memforge (?:profile|check) [^\n]+)\n)(?!\$).*?^```", re.DOTALL | re.MULTILINE
+            r"^(```console\n\$ (memforge (?:profile|check) [^\n]+)\n)(?!\$)(.*?)^```", re.DOTALL | re.MULTILINE
         )
-        text = shown.sub(lambda m: m[1] + output_of(m[2], directory) + "```", text)
+        text = shown.sub(lambda m: m[1] + refreshed(m[3], output_of(m[2], directory)) + "```", text)
     readme.write_text(text, encoding="utf-8")
 
 

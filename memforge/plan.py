@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from memforge.blocks import union_of
-from memforge.blocks.base import DType, Init, KindPlan, Param, PlanModel, RowReads, constant, normal
+from memforge.blocks.base import BYTES_PER_ELEMENT, DType, Init, KindPlan, Param, PlanModel, RowReads, constant, normal
 from memforge.errors import StorageError
 from memforge.spec.checks import selections, site_of
 from memforge.spec.schema import NAME, Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, parts_at
@@ -75,6 +75,20 @@ class ModelPlan(PlanModel):
     def model_hash(self) -> str:
         """SHA-256 of the canonical JSON, 64 hex digits."""
         return _hash(self)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters in the types they are stored in."""
+        return sum(row.numel * BYTES_PER_ELEMENT[row.dtype] for row in self.params)
+
+    def caveats(self) -> tuple[str, ...]:
+        """What every report says about the model: kinds whose tokens see later ones in training, with their layers."""
+        layers: dict[str, list[str]] = {}
+        for part in self.sublayers():
+            if (reason := part.looks_ahead()) is not None:
+                layers.setdefault(reason, []).append(part.path)
+        return tuple(
+            f"{paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''}: {why}" for why, paths in layers.items()
+        )
 
     def sublayers(self) -> Iterator[KindPlan]:
         """Mixers and blocks in the order they run."""

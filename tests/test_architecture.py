@@ -9,7 +9,7 @@ from conftest import REPO
 
 # Earlier stages first. A module may import its own stage and those before it.
 STAGES = (
-    ("memforge.errors", "memforge.storage"),
+    ("memforge.errors", "memforge.storage", "memforge.machine"),
     ("memforge.blocks",),
     ("memforge.spec",),
     ("memforge.plan",),
@@ -18,6 +18,8 @@ STAGES = (
     ("memforge.nn",),
     ("memforge.build",),
     ("memforge.training",),
+    ("memforge.profile",),
+    ("memforge.export",),
     ("memforge.report",),
     ("memforge.cli", "memforge.__main__"),
 )

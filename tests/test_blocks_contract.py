@@ -10,9 +10,12 @@ from pydantic import TypeAdapter
 
 from memforge.blocks import registry
 from memforge.blocks.base import Kind, KindPlan
-from memforge.build import build_model, count_flops, require_exact
+from memforge.build import build_model
 from memforge.cost import estimate
+from memforge.nn.decoder import next_token_loss
 from memforge.plan import ModelPlan, make_plan
+from memforge.profile.counter import count_flops, require_exact
+from memforge.profile.live import LiveStorage
 from memforge.spec.schema import Spec
 
 CASES = [(kind, i) for kind in registry().values() for i in range(len(kind.examples))]
@@ -53,6 +56,35 @@ def test_rows_are_the_named_parameters_and_flops_are_the_counters(kind: Kind, i:
 def test_flops_at_odd_shapes(kind: Kind, i: int, batch: int, seq_len: int) -> None:
     plan = plan_with(kind, i)
     assert estimate(plan, batch=batch, seq_len=seq_len).flops(executed=True) == count_flops(plan, batch, seq_len)
+
+
+@each_example
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 5), (3, 7)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_kept_activations_are_those_of_the_ledger(
+    kind: Kind, i: int, batch: int, seq_len: int, checkpointed: bool
+) -> None:
+    plan = plan_with(kind, i)
+    model = build_model(plan).train()
+    model.checkpoint_layers = checkpointed
+    with LiveStorage(model.parameters()) as live:
+        before = live.bytes
+        loss, extra = next_token_loss(model, torch.zeros(batch, seq_len + 1, dtype=torch.int64))
+        kept = live.bytes - before - sum(t.untyped_storage().nbytes() for t in (loss, *extra.values()))
+    memory = estimate(plan, batch=batch, seq_len=seq_len).memory
+    assert kept == (memory.activations_checkpointed if checkpointed else memory.activations)
+
+
+@each_example
+def test_checkpointed_layers_have_the_same_gradients(kind: Kind, i: int) -> None:
+    grads = []
+    for checkpointed in (False, True):
+        model = build_model(plan_with(kind, i), seed=3).train()
+        model.checkpoint_layers = checkpointed
+        loss, extra = next_token_loss(model, torch.arange(22).view(2, 11))
+        (loss + sum(extra.values())).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(kept, replayed) for kept, replayed in zip(*grads, strict=True))
 
 
 @each_example
@@ -100,11 +132,18 @@ def p_rows(model: torch.nn.Module, name: str) -> int:
 
 @each_example
 def test_compiles_whole_and_agrees_with_eager(kind: Kind, i: int) -> None:
-    model = build_model(plan_with(kind, i), seed=1).eval()
+    model = build_model(plan_with(kind, i), seed=1)
     tokens = torch.arange(16).view(2, 8)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(tokens)[0], model(tokens)[0])
+    for training in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(model.train(training), fullgraph=True, backend="aot_eager")
+        results = []
+        for run in (compiled, model):
+            model.zero_grad()
+            logits, losses = run(tokens)
+            (logits.square().mean() + sum(losses.values())).backward()
+            results.append([logits, *losses.values(), *(p.grad for p in model.parameters())])
+        assert all(torch.equal(ours, eager) for ours, eager in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("kind", registry().values(), ids=lambda k: k.name)

@@ -1,7 +1,9 @@
 """The build directory, the exported graph and the compiled model."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO, SMALL, memforge, write
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from memforge.build import build_model, export_graph, require_exact, write_build
+from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.errors import CheckFailedError, StorageError
+from memforge.export.directory import write_build
+from memforge.export.graph import export_graph, readable
 from memforge.plan import make_plan, read_plan
+from memforge.profile.counter import require_exact
 from memforge.spec import load_spec
+from memforge.training.checkpoint import open_run
 
 SPECS = sorted((REPO / "specs").rglob("*.toml"))
 
@@ -139,6 +146,151 @@ def test_parity_that_fails_stops_the_build(tmp_path: Path) -> None:
     assert (done.returncode, "params" in done.stderr) == (1, True)
     assert not (tmp_path / "out").exists()
     assert memforge("build", spec, "--out", tmp_path / "out", "--no-parity").returncode == 0
+
+
+WITH_EVERY_KIND = SMALL.replace(
+    "[data]",
+    """\
+[pool.neurons]
+kind = "experts"
+num_sub_keys = 6
+dtype = "bfloat16"
+
+[[place]]
+layers = [1]
+mode = "add"
+block = { kind = "peer", pool = "neurons", num_heads = 2, top_k = 3, key_dim = 8 }
+
+[[place]]
+layers = [2]
+mode = "add"
+block = { kind = "moe", num_experts = 3, hidden_dim = 10, router = "expert_choice", num_shared_experts = 1 }
+
+[[place]]
+layers = [3]
+mixer = { num_heads = 2, window = 4, rope_scaling = { kind = "yarn", factor = 2.0, original_max_seq_len = 48 } }
+
+[data]""",
+)
+
+# Runs where importing memforge or its kernels fails.
+ALONE = """
+import sys
+sys.modules["memforge"] = sys.modules["memforge_kernels"] = None
+import torch
+program = torch.export.load(sys.argv[1])
+tokens = torch.load(sys.argv[2])
+torch.save([program.module()(batch)[0] for batch in tokens], sys.argv[3])
+"""
+
+
+def run_alone(program: Path, batches: list[torch.Tensor], work: Path) -> list[torch.Tensor]:
+    torch.save(batches, work / "tokens.pt")
+    command = [sys.executable, "-c", ALONE, program, work / "tokens.pt", work / "logits.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits: list[torch.Tensor] = torch.load(work / "logits.pt")
+    return logits
+
+
+def test_the_aten_graph_runs_with_torch_alone(tmp_path: Path) -> None:
+    spec = write(tmp_path / "all.toml", WITH_EVERY_KIND)
+    done = memforge("build", spec, "--out", tmp_path / "out", "--emit", "aten", "--seed", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["aten"]["weights"] == "seed 5"
+    plan = make_plan(load_spec(spec)).model
+    assert {part.kind for part in plan.sublayers()} == {"attention", "ffn", "memory", "peer", "moe"}
+    model = build_model(plan, seed=5).eval()
+    batches = [torch.randint(300, shape) for shape in ((1, 1), (2, 13), (5, 96))]
+    with torch.no_grad():
+        for alone, batch in zip(
+            run_alone(tmp_path / "out" / "model.aten.pt2", batches, tmp_path), batches, strict=True
+        ):
+            torch.testing.assert_close(alone, model(batch)[0], rtol=1e-5, atol=1e-6)
+    # A later build without it replaces the directory whole.
+    assert memforge("build", spec, "--out", tmp_path / "out").returncode == 0
+    assert not (tmp_path / "out" / "model.aten.pt2").exists()
+
+
+def test_the_aten_graph_holds_the_weights_of_a_run(small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert memforge("train", small, "--out", run).returncode == 0
+    done = memforge("build", small, "--out", tmp_path / "out", "--emit", "aten", "--weights", run)
+    assert done.returncode == 0, done.stderr
+    assert "weights of step-00000004" in done.stdout
+    _, model, _, _ = open_run(run, "cpu")
+    tokens = torch.arange(20).view(2, 10)
+    (alone,) = run_alone(tmp_path / "out" / "model.aten.pt2", [tokens], tmp_path)
+    torch.testing.assert_close(alone, model(tokens)[0], rtol=1e-5, atol=1e-6)
+    other = write(tmp_path / "other.toml", SMALL.replace("hidden_dim = 48", "hidden_dim = 47"))
+    foreign = memforge("build", other, "--out", tmp_path / "no", "--emit", "aten", "--weights", run)
+    assert (foreign.returncode, len(foreign.stderr.splitlines())) == (4, 1)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--emit", "onnx"], 2, "the one form is aten"),
+        (["--seed", "3"], 2, "--emit aten"),
+        (["--emit", "aten", "--seed", "3", "--weights", "run"], 2, "give one of them"),
+        (["--emit", "aten", "--weights", "absent"], 4, "no such run directory"),
+        (["--emit", "aten", "--set", "pool.facts.num_sub_keys=60000"], 3, "holds 3 copies"),
+        (["--emit", "aten", "--set", "place.1.block.num_experts=300"], 2, "at most 256 experts, not 300"),
+    ],
+)
+def test_what_cannot_be_emitted_is_refused(
+    small: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = memforge("build", small, "--out", tmp_path / "out", *arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_written_graph_is_python_with_shapes_and_block_paths(tmp_path: Path) -> None:
+    plan = make_plan(load_spec(write(tmp_path / "all.toml", WITH_EVERY_KIND)))
+    text = readable(export_graph(plan.model), plan.name)
+    ast.parse(text)
+    assert [line for line in text.splitlines() if "# layers.2.memory" in line]
+    assert "tokens,  # i64[b, t]" in text
+    assert re.search(
+        r"= torch\.ops\.memforge\.weighted_gather\.default\(p_pool_facts_values, .*# f32\[b\*t, 32\]", text
+    )
+    assert re.search(r"return \(linear_\d+,\)\n$", text)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_serves_all_shapes_after_two_recompiles(tmp_path: Path, training: bool) -> None:
+    plan = make_plan(load_spec(write(tmp_path / "all.toml", WITH_EVERY_KIND))).model
+    model = build_model(plan, seed=1).train(training)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for shape in ((2, 8), (3, 8), (3, 16), (5, 11), (7, 30), (2, 9), (4, 96)):
+        tokens = torch.randint(300, shape)
+        torch.testing.assert_close(compiled(tokens)[0], model(tokens)[0])
+    assert backend.frame_count <= 3
+
+
+def test_a_plan_of_138_billion_parameters_needs_no_torch(tmp_path: Path) -> None:
+    paper = REPO / "specs" / "paper"
+    blocked = write(tmp_path / "torch.py", "raise ImportError('torch was imported')\n").parent
+    for spec, change, params in (
+        ("memory-plus-1.3b-64m", [], 138_747_680_768),
+        ("memory-plus-8b", ["--set", "pool.facts.num_sub_keys=8192"], 282_782_363_648),
+    ):
+        done = memforge(
+            "build", paper / f"{spec}.toml", "--plan-only", "--mesh", "dp_shard=8,memory=8", "--json", *change,
+            PYTHONPATH=os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")]), cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        cost = json.loads(done.stdout)
+        assert cost["params"]["total"] == params
+        assert cost["mesh"]["ranks"] == 64
+        assert cost["mesh"]["pool_params_per_rank"] * 8 == cost["pools"][0]["params"]
+        assert cost["mesh"]["optimizer_bytes_per_rank"] == 8 * cost["mesh"]["params_per_rank"]
+    assert not (tmp_path / "build").exists()
 
 
 COMPILE = """

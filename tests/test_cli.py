@@ -151,3 +151,27 @@ def test_errors_are_one_json_document_of_one_shape(args: list[str], tmp_path: Pa
 def test_help_and_commands_stay_what_they_are(golden: object) -> None:
     text = "".join(memforge(*args, COLUMNS="100").stdout for args in (["--help"], ["train", "--help"]))
     golden("help.txt", text)  # type: ignore[operator]
+
+
+def test_the_reference_page_is_fresh_and_names_every_key() -> None:
+    done = memforge("schema", "--markdown")
+    assert done.returncode == 0
+    page = (REPO / "docs" / "spec.md").read_text(encoding="utf-8")
+    assert page == done.stdout, "memforge schema --markdown > docs/spec.md"
+    schema = json.loads(memforge("schema").stdout)
+    keys = {key for table in schema["$defs"].values() for key in table["properties"]}
+    assert [key for key in sorted(keys) if f"| `{key}` |" not in page] == []
+
+
+def test_what_looks_ahead_is_said_in_every_report(tmp_path: Path) -> None:
+    spec = write(
+        tmp_path / "moe.toml", SMALL.replace("top_k = 2, hidden_dim = 24", 'router = "expert_choice", hidden_dim = 24')
+    )
+    out, run = tmp_path / "out", tmp_path / "run"
+    for command in (["profile", spec], ["build", spec, "--out", out], ["train", spec, "--out", run], ["eval", run]):
+        done = memforge(*command)
+        assert done.returncode == 0, done.stderr
+        assert "layers.3.moe: expert choice is not causal" in done.stdout + done.stderr, command
+    (caveat,) = json.loads(memforge("profile", spec, "--json").stdout)["caveats"]
+    assert caveat.startswith("layers.3.moe: expert choice is not causal")
+    assert json.loads((out / "cost.json").read_text())["caveats"] == [caveat]

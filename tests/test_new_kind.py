@@ -37,6 +37,7 @@ def path() -> dict[str, str]:
 
 def test_schema_errors_profile_build_and_training_know_it(tmp_path: Path, path: dict[str, str]) -> None:
     assert "initial scale" in memforge("schema", **path).stdout
+    assert "### `scale`: scaled channels, mixed once" in memforge("schema", "--markdown", **path).stdout
     wrong = memforge("check", write(tmp_path / "wrong.toml", SPEC.replace("start", "strat")), **path)
     assert "did you mean `start`?" in wrong.stderr
     spec = write(tmp_path / "toy.toml", SPEC)
@@ -76,8 +77,8 @@ def test_the_contract_tests_cover_it(path: dict[str, str]) -> None:
         env={**os.environ, **path},
     )
     assert done.returncode == 0, done.stdout[-2000:]
-    # Three examples in seven tests, two shapes in one of them, and two specs that are free of torch.
-    assert "23 passed" in done.stdout
+    # Twelve cases for each of three examples, and two specs that are free of torch.
+    assert "38 passed" in done.stdout
 
 
 @pytest.mark.parametrize(

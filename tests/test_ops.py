@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from memforge_kernels import (
     FLOP_FORMULAS,
+    KERNELS,
+    decompositions,
     expert_lookup,
     gather_dot,
     grouped_linear,
@@ -347,13 +349,14 @@ def test_torch_accepts_the_registration(name: str) -> None:
     torch.library.opcheck(op.default, args)
 
 
-def test_every_op_has_a_flop_formula() -> None:
+def test_every_op_has_a_flop_formula_and_a_kernel() -> None:
     registered = {
         name.split("::")[1].split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("memforge::")
     }
     assert registered == {op.__name__ for op in FLOP_FORMULAS}
+    assert registered == {overload.overloadpacket.__name__ for overload in KERNELS}
 
 
 def counted(function: object, *args: object) -> int:
@@ -393,3 +396,38 @@ def test_formulas_equal_the_count_of_the_plain_torch_definitions() -> None:
     assert lookup == [2 * 3 * 2 * 6 * 3 * 4] * 2
     assert grouped == [3 * 2 * 6 * 4 * 5] * 2
     assert topk == [2 * 5 * 2 * 7 * 6] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("equal_keys", [False, True])
+def test_decompositions_choose_the_same_slots(dtype: torch.dtype, equal_keys: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(40, 2, 6, generator=g).to(dtype)
+    # Few different keys: many ties within the halves and between sums.
+    sub_keys = torch.randint(-1, 2, (2, 2, 9, 3), generator=g).to(dtype)
+    query = query.round() if equal_keys else query
+    for got, expected in zip(
+        decompositions.product_key_topk(query, sub_keys, 7), product_key_topk(query, sub_keys, 7), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_decompositions_of_a_nan_query_choose_the_first_slots() -> None:
+    query = torch.full((1, 1, 4), math.nan)
+    assert decompositions.product_key_topk(query, torch.randn(1, 2, 6, 2), 5)[1].tolist() == [[[0, 1, 2, 3, 4]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decompositions_compute_what_the_ops_compute(dtype: torch.dtype) -> None:
+    values, slots, weights = bag(16, 8, 64, 32, dtype)
+    x, offsets = torch.randn(16, 32), torch.tensor([0, 5, 5, 16])
+    experts = torch.randn(4, 32, 6)
+    pairs = [
+        (decompositions.weighted_gather(values, slots, weights), weighted_gather(values, slots, weights)),
+        (decompositions.gather_dot(x, values, slots), gather_dot(x, values, slots)),
+        (decompositions.grouped_linear(x, experts, offsets), grouped_linear(x, experts, offsets)),
+    ]
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="at most 256 experts, not 257"):
+        decompositions.grouped_linear(x, torch.zeros(257, 32, 1), torch.full((257,), 16))

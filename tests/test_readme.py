@@ -37,11 +37,14 @@ def test_shown_outputs_are_real(directory: Path) -> None:
     assert len(shown) == 2
     for command, *output in shown:
         done = memforge(*shlex.split(command)[2:], cwd=directory)
-        real = [line.rstrip() for line in (done.stdout + done.stderr).splitlines()]
-        assert output == real, "run benchmarks/readme.py to refresh the README"
+        real = "\n".join(line.rstrip() for line in (done.stdout + done.stderr).splitlines()).split("\n\n")
+        # "..." stands for sections that are left out.
+        parts = [part for part in "\n".join(output).split("\n\n") if part != "..."]
+        assert parts == [part for part in real if part in parts], "run benchmarks/readme.py to refresh the README"
+        assert len(parts) == len(real) or "..." in output
 
 
 def test_the_readme_is_short_and_names_what_exists() -> None:
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 160
     for path in re.findall(r"^    ((?:memforge|kernels|specs)/\S*)", README, re.MULTILINE):
         assert (REPO / path).exists(), path

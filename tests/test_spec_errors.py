@@ -291,3 +291,65 @@ def test_paths_that_cannot_be_followed_have_a_position(tmp_path: Path, name: str
     (line, *_) = errors_of(write(tmp_path / "s.toml", text))
     assert HEADLINE.match(line)
     assert "cannot be followed" in line or "can be followed" in line or "no such file" in line
+
+
+@pytest.mark.parametrize(
+    ("block", "message", "other"),
+    [
+        (
+            'kind = "moe"\nnum_experts = 4\ntop_k = 5\nhidden_dim = 8',
+            "top_k = 5 is more than num_experts = 4",
+            "num_experts",
+        ),
+        (
+            'kind = "moe"\nnum_experts = 4\nhidden_dim = 8\nrouter = "expert_choice"\ncapacity_factor = 2.0',
+            "always full",
+            "router",
+        ),
+        (
+            'kind = "moe"\nnum_experts = 4\nhidden_dim = 8\nrouter = "expert_choice"\nload_balance_coef = 0.1',
+            "in balance by",
+            "router",
+        ),
+        (
+            'kind = "moe"\nnum_experts = 4\nhidden_dim = 8\nrouter = "expert_choice"\nnormalize_top_k = true',
+            "any number",
+            "router",
+        ),
+        ('kind = "moe"\nnum_experts = 4\nhidden_dim = 9999\nnum_shared_experts = 999', "are wider than", "hidden_dim"),
+        (
+            'kind = "peer"\nnum_sub_keys = 4\nnum_heads = 1\ntop_k = 5\nkey_dim = 8',
+            "is more than num_sub_keys = 4",
+            "num_sub_keys",
+        ),
+        (
+            'kind = "peer"\npool = "facts"\nnum_heads = 1\ntop_k = 3\nkey_dim = 8',
+            "holds values; a peer block reads experts",
+            "pool",
+        ),
+    ],
+)
+def test_both_ends_of_a_conflict_are_shown(tmp_path: Path, block: str, message: str, other: str) -> None:
+    text = SMALL.replace("[data]", f"[[place]]\nlayers = [1]\n[place.block]\n{block}\n\n[data]")
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(tmp_path / "s.toml", text))
+    (diagnostic,) = caught.value.diagnostics
+    assert message in diagnostic.message
+    assert any(other in position.text for position, _ in diagnostic.related)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ('{ kind = "llama3", original_max_seq_len = 32, low_freq_factor = 4.0 }', "high_freq_factor = 4 is not above"),
+        ('{ kind = "yarn", factor = 2.0, original_max_seq_len = 32, beta_slow = 64.0 }', "beta_fast = 32 is not above"),
+        ('{ kind = "ntk", factor = 2.0 }', "unknown kind `ntk`"),
+        ('{ kind = "linear" }', "factor"),
+        ('{ kind = "linear", factor = 0.5 }', "factor"),
+    ],
+)
+def test_rope_scaling_that_means_nothing_is_refused(tmp_path: Path, scaling: str, message: str) -> None:
+    text = SMALL.replace("num_heads = 4\nnum_kv_heads = 2", f"num_heads = 4\nrope_scaling = {scaling}")
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(tmp_path / "s.toml", text))
+    assert any(message in d.message or message in ".".join(map(str, d.key)) for d in caught.value.diagnostics)

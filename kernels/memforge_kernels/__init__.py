@@ -6,15 +6,16 @@ operator `torch.ops.memforge.<name>` with a fake kernel for meta and export, a g
 """
 
 from memforge_kernels.expert_lookup import expert_lookup
-from memforge_kernels.flops import FLOP_FORMULAS
 from memforge_kernels.gather_dot import gather_dot
 from memforge_kernels.grouped_linear import grouped_linear
 from memforge_kernels.product_key_topk import product_key_topk
+from memforge_kernels.registry import FLOP_FORMULAS, KERNELS
 from memforge_kernels.weighted_gather import weighted_gather
 from memforge_kernels.weighted_scatter import weighted_scatter
 
 __all__ = [
     "FLOP_FORMULAS",
+    "KERNELS",
     "expert_lookup",
     "gather_dot",
     "grouped_linear",

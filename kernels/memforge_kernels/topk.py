@@ -13,8 +13,8 @@ def topk_ties_low(scores: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor
     Unlike torch.topk, which picks any of several equal scores, the result does not depend on the device. fp32
     scores cost one topk over 64-bit keys: order-preserving bits of the score above, inverted index below.
     """
-    index = index.expand(scores.shape)
     if scores.dtype != torch.float32:
+        index = index.expand(scores.shape)
         by_index = index.argsort(dim=-1, stable=True)
         scores, index = scores.gather(-1, by_index), index.gather(-1, by_index)
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]

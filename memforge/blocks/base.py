@@ -90,6 +90,20 @@ def norm(name: str, dim: int) -> Param:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Elements that an op must move over a whole batch, forward and backward; what is inside an op is not moved.
+
+    `weights` are parameters, in their stored type (`dtype`; None: the type of the computation); `activations` all else.
+    """
+
+    weights: int
+    activations: int
+    backward_weights: int
+    backward_activations: int
+    dtype: DType | None = None
+
+
+@dataclass(frozen=True)
 class OpCost:
     """FLOPs of one op over a whole batch; a multiply-add is 2.
 
@@ -103,6 +117,7 @@ class OpCost:
     backward: int
     counted_forward: int | None = None
     counted_backward: int | None = None
+    traffic: Traffic = Traffic(0, 0, 0, 0)
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -111,10 +126,55 @@ class OpCost:
         return forward, backward
 
 
-def matmul_cost(op: str, n: int, in_dim: int, out_dim: int) -> OpCost:
-    """A linear map of n rows: forward 2*n*in*out, and as much again for each of its two gradients."""
-    forward = 2 * n * in_dim * out_dim
-    return OpCost(op, forward, 2 * forward)
+def matmul_cost(op: str, n: int, in_dim: int, out_dim: int, *, num_matrices: int = 1) -> OpCost:
+    """A linear map of n rows: forward 2*n*in*out, and as much again for each of its two gradients.
+
+    The rows may be shared out among `num_matrices`, all of which are then read.
+    """
+    forward, weights, rows = 2 * n * in_dim * out_dim, num_matrices * in_dim * out_dim, n * (in_dim + out_dim)
+    # Backward reads the weights and writes their gradient; each of the two products reads or writes every row.
+    return OpCost(op, forward, 2 * forward, traffic=Traffic(weights, rows, 2 * weights, 2 * rows))
+
+
+def rows_cost(op: str, n: int, rows: int, width: int, num_rows: int, dtype: DType) -> OpCost:
+    """An op that reads `rows` rows of a table for each of n tokens: a weighted sum of them, or a product with each.
+
+    Forward moves the rows, a slot and a weight for each, and one vector per token. Backward reads row and vector again
+    for each of them and writes the gradient of every row once.
+    """
+    entries = n * rows
+    forward, pointers = 2 * entries * width, 3 * entries  # an int64 slot is two fp32 elements
+    written = min(entries, num_rows) * width
+    moved = Traffic(
+        entries * width, n * width + pointers, entries * width + written, entries * width + pointers, dtype=dtype
+    )
+    return OpCost(op, forward, 2 * forward, traffic=moved)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor that autograd keeps from the forward to the backward pass, training in fp32."""
+
+    what: str
+    numel: int
+    dtype: Literal["float32", "int64"] = "float32"
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * (8 if self.dtype == "int64" else 4)
+
+
+def norm_saved(what: str, rows: int, width: int) -> tuple[Saved, ...]:
+    """An RMSNorm keeps its input, one scale per row, and the rows before the gain."""
+    return Saved(f"{what} input", rows * width), Saved(f"{what} scale", rows), Saved(f"{what} rows", rows * width)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Bytes alive at the worst moment of a block's forward and backward pass, beside what it saves; an estimate."""
+
+    forward: int = 0
+    backward: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +201,13 @@ class KindPlan(PlanModel):
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         """Cost of `batch` sequences of `seq_len` tokens; every op that does multiply-adds is listed."""
         raise NotImplementedError
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        """What training keeps for the backward pass, besides the input of the block."""
+        raise NotImplementedError
+
+    def scratch(self, batch: int, seq_len: int) -> Scratch:
+        return Scratch()
 
     def pool_path(self) -> str | None:
         """The pool this block reads, if any."""

@@ -40,7 +40,7 @@ def train(
     with screen.status("starting torch"):
         from memforge.training import train as run_training
     from memforge.report.progress import RunReporter
-    from memforge.report.runs import run_table
+    from memforge.report.runs import show_runs
 
     reporter = RunReporter(screen, str(target))
     try:
@@ -52,7 +52,7 @@ def train(
     if json_:
         print_json(summary)
     else:
-        console().print(run_table([summary]))
+        show_runs([summary])
 
 
 def eval_(
@@ -72,9 +72,9 @@ def eval_(
     if json_:
         print_json(summaries)
         return
-    from memforge.report.runs import run_table
+    from memforge.report.runs import show_runs
 
-    console().print(run_table(summaries))
+    show_runs(summaries)
 
 
 def generate(

@@ -73,9 +73,17 @@ def render(
         plain(render_toml(loaded, defaults=defaults).rstrip("\n"))
 
 
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A reference page to read instead.")] = False,
+) -> None:
     """Print the JSON Schema of a spec, for editors and linters (#:schema in a TOML file)."""
     from memforge.spec.schema import Spec
+
+    if markdown:
+        from memforge.report.reference import reference
+
+        plain(reference().rstrip("\n"))
+        return
 
     record = Spec.model_json_schema()
     record["properties"]["extends"] = {"type": "string", "description": "a spec to lay this one over"}

@@ -1,7 +1,11 @@
 """The decoder: embedding, layers of mixer and blocks, norm, head."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from memforge.blocks import load_module, registry
 from memforge.blocks.base import KindPlan
@@ -12,7 +16,10 @@ class Decoder(nn.Module):
     """Next-token logits, and the auxiliary losses of the blocks summed by name.
 
     Shape: tokens [b, t] int64 -> logits [b, t, c], dict of scalars (empty in eval mode).
+    With `checkpoint_layers`, training keeps only the input of each layer and runs it again for the backward pass.
     """
+
+    checkpoint_layers = False
 
     def __init__(self, plan: ModelPlan) -> None:
         super().__init__()
@@ -28,10 +35,20 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         totals: dict[str, Tensor] = {}
         for layer in self.layers:
-            x, losses = layer(x, self.pool)
+            if self.checkpoint_layers and self.training:
+                # No layer draws random numbers, so there is no generator state to keep.
+                x, losses = checkpoint(layer, x, self.pool, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, losses = layer(x, self.pool)
             totals = _summed(totals, losses)
         weight = self.embedding.weight if self.head is None else self.head.weight
         return F.linear(self.norm(x), weight), totals
+
+
+def next_token_loss(forward: Callable[..., Any], window: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy of a window [b, t + 1] and the model's own losses. The logits do not outlive the call."""
+    logits, extra = forward(window[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten()), extra
 
 
 class Layer(nn.Module):

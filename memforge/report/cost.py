@@ -20,7 +20,15 @@ def si(value: int | float, unit: str = "") -> str:
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        min_width=len(title),
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
@@ -92,6 +100,76 @@ def parity_table(parity: dict[str, Any]) -> Table:
         tolerance = f"{axis['tolerance']:g}" if judged else ""
         value, baseline = f"{axis['value']:,}", f"{axis['baseline']:,}"
         table.add_row(name, value, baseline, f"{axis['ratio']:.4f}", tolerance, verdict)
+    return table
+
+
+def memory_table(cost: dict[str, Any], measured: dict[str, int] | None = None) -> Table:
+    """Bytes of a training step, with and without activation checkpointing, beside what was measured."""
+    memory = cost["memory"]
+    shape = f"{cost['batch']} x {cost['seq_len']} tokens"
+    columns = ("", "kept layers", "checkpointed", *(("measured (ratio)",) if measured else ()))
+    table = _table(f"Memory of a training step on {shape}", columns)
+    rows: tuple[tuple[str, str, str | None], ...] = (
+        ("weights", "weights", None),
+        ("gradients", "gradients", None),
+        ("optimizer state", "optimizer", None),
+        ("activations", "activations", "activations"),
+        ("peak", "peak", "peak"),
+    )
+    for name, key, counted in rows:
+        replayed = memory.get(f"{key}_checkpointed", memory[key])
+        cells = [si(memory[key], "B"), si(replayed, "B")]
+        if measured:
+            cells.append(_beside(measured[counted], memory[key]) if counted else "")
+        table.add_row(name, *cells)
+    if measured:
+        table.add_row("peak, storage by storage", "", "", _beside(measured["peak_tracked"], memory["peak"]))
+        table.add_row("process (RSS)", "", "", si(measured["process"], "B"))
+    table.add_row("checkpoint, weights", si(memory["checkpoint"], "B"), "")
+    return table
+
+
+def _beside(measured: int, predicted: int) -> str:
+    return f"{si(measured, 'B')} ({measured / predicted:.3f})"
+
+
+def traffic_table(cost: dict[str, Any]) -> Table:
+    """Bytes of parameters that a token and a batch touch, and the rows of each pool."""
+    one, batch = cost["bytes_per_token"], cost["bytes_per_batch"]
+    table = _table("Parameters touched", ("", "per token", "per batch, uniform", "per batch, Zipf", "dense update"))
+    for what in ("read", "written"):
+        cells = (one[what], batch["uniform"][what], batch["zipf"][what], batch["dense_update"][what])
+        table.add_row(f"bytes {what}", *(si(cell, "B") for cell in cells))
+    for pool in cost["pools"]:
+        rows = pool["rows_touched"]
+        per_token = f"{pool['active_params'] // (pool['params'] // pool['rows']):,}"
+        table.add_row(
+            f"rows of {pool['path']}", per_token, f"{rows['uniform']:,}", f"{rows['zipf']:,}", f"{pool['rows']:,}"
+        )
+    return table
+
+
+def roofline_table(cost: dict[str, Any]) -> Table:
+    """The least milliseconds of a step on each device."""
+    columns = ("device", "forward", "backward", "update", "update of rows", "memory-bound", "fits")
+    table = _table("Roofline, least milliseconds per step", columns)
+    for line in cost["roofline"]:
+        seconds = line["seconds"]
+        cells = (f"{seconds[phase] * 1e3:,.4g}" for phase in ("forward", "backward", "update", "update_rows"))
+        fits = "yes" if cost["memory"]["peak"] <= line["memory_bytes"] else "no"
+        table.add_row(f"{line['device']} {line['dtype']}", *cells, f"{line['memory_bound']:.0%}", fits)
+    return table
+
+
+def mesh_table(mesh: dict[str, Any]) -> Table:
+    """What the fullest rank of a mesh holds."""
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh["axes"].items() if size > 1) or "one rank"
+    table = _table(f"The fullest of {mesh['ranks']:,} ranks ({axes})", ("", "parameters", "bytes"))
+    table.add_row("dense", f"{mesh['dense_params_per_rank']:,}", "")
+    table.add_row("pools", f"{mesh['pool_params_per_rank']:,}", "")
+    table.add_row("weights", f"{mesh['params_per_rank']:,}", si(mesh["weight_bytes_per_rank"], "B"))
+    table.add_row("gradients", "", si(mesh["gradient_bytes_per_rank"], "B"))
+    table.add_row("optimizer state", "", si(mesh["optimizer_bytes_per_rank"], "B"))
     return table
 
 

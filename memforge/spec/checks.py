@@ -67,8 +67,8 @@ def selections(spec: Spec) -> tuple[list[frozenset[int]], list[Problem]]:
 
 def _under(prefix: KeyPath, block: KindSpec, site: Site) -> Iterator[Problem]:
     for p in block.check(site):
-        beside = tuple((*prefix, name) for name in p.siblings)
-        yield replace(p, key=(*prefix, *p.key), siblings=(), depends=p.depends + beside)
+        beside = tuple(((*prefix, name), f"{name} is set here") for name in p.siblings)
+        yield replace(p, key=(*prefix, *p.key), siblings=(), related=p.related + beside)
 
 
 def _check_rule(i: int, rule: PlaceRule, site: Site) -> Iterator[Problem]:

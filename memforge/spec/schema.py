@@ -112,6 +112,9 @@ class TrainSpec(SpecModel):
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="torch.compile; auto: where there is a C++ compiler and the run is long enough"
     )
+    activation_checkpointing: bool = Field(
+        False, description="keep only the input of each layer and run the layer again in the backward pass"
+    )
     log_every: Count = Field(10, description="steps between rows of metrics.jsonl")
 
 

@@ -84,7 +84,8 @@ def _locate(problem: Problem, document: Document) -> Diagnostic:
         document.position(problem.key, at_key=problem.at_key),
         problem.key,
         problem.help,
-        tuple((document.position(key), label) for key, label in problem.related),
+        # A key left at its default stands nowhere.
+        tuple((document.position(key), label) for key, label in problem.related if key in document.spans),
     )
 
 

@@ -58,6 +58,7 @@ class Summary(Record):
     checkpoint: str
     ended: Literal["done", "interrupted", "non-finite"]
     exposures_per_fact: float | None = None
+    caveats: list[str] = []
 
 
 _R = TypeVar("_R", bound=Record)

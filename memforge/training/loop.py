@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from memforge.build import build_model
 from memforge.cost import estimate
+from memforge.cost.memory import step_memory
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
+from memforge.machine import machine_memory
+from memforge.nn.decoder import next_token_loss
 from memforge.plan import Plan, TrainPlan
 from memforge.storage import storage_errors
 from memforge.training import checkpoint as files
@@ -63,13 +65,14 @@ def train(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available; use --device cpu")
-    _require_memory(plan, device)
+    _require_memory(plan, run, device)
     with _new_run(run_dir, overwrite=overwrite) as started, StopSignal() as stop, _deterministic():
         with storage_errors(run_dir):
             (run_dir / files.PLAN).write_text(plan.to_json(), encoding="utf-8")
             (run_dir / files.TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
         report.start(plan, corpus)
         model = build_model(plan.model, seed=run.seed, device=device)
+        model.checkpoint_layers = run.activation_checkpointing
         trainer = _Trainer(plan, run, corpus, model, run_dir, report, device)
         try:
             trainer.run(stop, started)
@@ -142,9 +145,7 @@ class _Trainer:
         """One update; the cross-entropy before it and the gradient's norm before clipping."""
         b, run = self.spec.batch_size, self.spec
         window = torch.from_numpy(self.stream.windows(self.step * b, b)).to(self.device, torch.int64)
-        logits, extra = self.forward(window[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
-        self.optimizer.zero_grad(set_to_none=True)
+        loss, extra = next_token_loss(self.forward, window)
         (loss + sum(extra.values())).backward()
         loss = loss.detach()
         limit = float("inf") if run.clip_norm == "none" else run.clip_norm
@@ -156,6 +157,8 @@ class _Trainer:
             )
         set_rates(self.optimizer, rate_share(self.step, run))
         self.optimizer.step()
+        # Now, not before the next backward pass: gradients need not live beside the activations of a forward pass.
+        self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
     def log(self, scores: dict[str, float]) -> None:
@@ -212,6 +215,7 @@ class _Trainer:
             "training_seconds": round(self.training_seconds, 3),
             "checkpoint": checkpoint,
             "ended": ended,
+            "caveats": list(self.plan.model.caveats()),
         }
 
 
@@ -224,17 +228,16 @@ def _checked(plan: Plan) -> TrainPlan:
     return plan.run.train
 
 
-def _require_memory(plan: Plan, device: str) -> None:
-    """Raises DeviceError when weights, gradients and both moments alone, all fp32, exceed the device's memory."""
-    needed = 4 * 4 * sum(row.numel for row in plan.model.params)
-    if device.startswith("cuda"):
-        available = torch.cuda.mem_get_info(device)[1]
-    else:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _require_memory(plan: Plan, run: TrainPlan, device: str) -> None:
+    """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
+    memory = step_memory(plan.model, run.batch_size, run.seq_len)
+    needed = memory.peak_checkpointed if run.activation_checkpointing else memory.peak
+    available = torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else machine_memory()
     if needed > available:
+        state = memory.weights + memory.gradients + memory.optimizer
         raise DeviceError(
-            f"{plan.name}: weights, gradients and optimizer state take {needed / 1e9:,.1f} GB; "
-            f"{device} has {available / 1e9:,.1f} GB"
+            f"{plan.name}: a training step takes {needed / 1e9:,.1f} GB, of which {state / 1e9:,.1f} for weights, "
+            f"gradients and optimizer state; {device} has {available / 1e9:,.1f} GB"
         )
 
 

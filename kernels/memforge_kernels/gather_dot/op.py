@@ -29,8 +29,7 @@ def _misfit(x: Tensor, values: Tensor, slots: Tensor) -> str:
     return f"gather_dot needs x [n, v], values [m, v], slots [n, k]; got {shapes}"
 
 
-@torch.library.custom_op("memforge::gather_dot", mutates_args=())
-def _forward(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+def forward(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     n, k = slots.shape
     if values.dtype == x.dtype and n * k:
         if values.device.type == "cpu" and not 0 <= int(slots.min()) <= int(slots.max()) < values.shape[0]:
@@ -48,7 +47,10 @@ def _forward(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@_forward.register_fake
+_op = torch.library.custom_op("memforge::gather_dot", forward, mutates_args=())
+
+
+@_op.register_fake
 def _(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     return x.new_empty(slots.shape)
 
@@ -67,4 +69,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     return d_x, d_values, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)

@@ -27,20 +27,21 @@ def _groups(offsets: Tensor, n: int) -> list[tuple[int, int]]:
     return list(zip(starts, ends, strict=True))
 
 
-@torch.library.custom_op("memforge::grouped_linear", mutates_args=())
-def _forward(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+def forward(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], weights.shape[2])
     for expert, (i, j) in enumerate(_groups(offsets, x.shape[0])):
         torch.mm(x[i:j], weights[expert], out=out[i:j])
     return out
 
 
-@_forward.register_fake
+_op = torch.library.custom_op("memforge::grouped_linear", forward, mutates_args=())
+
+
+@_op.register_fake
 def _(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weights.shape[2])
 
 
-@torch.library.custom_op("memforge::grouped_linear_weight_grad", mutates_args=())
 def weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     """x^T grad of each group: x [n, a], grad [n, b], offsets [e] -> [e, a, b]."""
     out = x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
@@ -49,7 +50,10 @@ def weight_grad(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-@weight_grad.register_fake
+_weight_grad_op = torch.library.custom_op("memforge::grouped_linear_weight_grad", weight_grad, mutates_args=())
+
+
+@_weight_grad_op.register_fake
 def _(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1])
 
@@ -68,4 +72,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     return d_x, d_weights, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)

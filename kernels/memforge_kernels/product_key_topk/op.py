@@ -42,8 +42,7 @@ def candidate_pairs(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(i for i, _ in pairs), tuple(j for _, j in pairs)
 
 
-@torch.library.custom_op("memforge::product_key_topk", mutates_args=())
-def _forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, h, q = query.shape
     s = sub_keys.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -56,7 +55,10 @@ def _forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return topk_ties_low(scores, slots, k)
 
 
-@_forward.register_fake
+_op = torch.library.custom_op("memforge::product_key_topk", forward, mutates_args=())
+
+
+@_op.register_fake
 def _(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[1], k)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -97,4 +99,4 @@ def _backward(
     return d_query, d_keys, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)

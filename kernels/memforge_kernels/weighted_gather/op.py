@@ -26,8 +26,7 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.memforge.weighted_gather(values, slots, weights)
 
 
-@torch.library.custom_op("memforge::weighted_gather", mutates_args=())
-def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+def forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     if values.is_cuda and weights.dtype != torch.float64:
         # Triton is needed where it runs, and only there.
         from memforge_kernels.weighted_gather import kernel
@@ -43,7 +42,10 @@ def _forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@_forward.register_fake
+_op = torch.library.custom_op("memforge::weighted_gather", forward, mutates_args=())
+
+
+@_op.register_fake
 def _(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return weights.new_empty(slots.shape[0], values.shape[1])
 
@@ -63,4 +65,4 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
     return d_values, None, d_weights
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)

@@ -16,8 +16,7 @@ def weighted_scatter(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) 
     return torch.ops.memforge.weighted_scatter(x, slots, weights, num_slots)
 
 
-@torch.library.custom_op("memforge::weighted_scatter", mutates_args=())
-def _forward(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
+def forward(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
     n, k = slots.shape
     out = x.new_zeros(num_slots, x.shape[1])
     if n * k == 0:
@@ -31,6 +30,9 @@ def _forward(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tenso
     return out
 
 
-@_forward.register_fake
+_op = torch.library.custom_op("memforge::weighted_scatter", forward, mutates_args=())
+
+
+@_op.register_fake
 def _(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
     return x.new_empty(num_slots, x.shape[1])

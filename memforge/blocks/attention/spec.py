@@ -11,11 +11,15 @@ from memforge.blocks.base import (
     KindSpec,
     OpCost,
     Param,
+    Saved,
+    Scratch,
     Site,
     SpecModel,
+    Traffic,
     linear,
     matmul_cost,
     norm,
+    norm_saved,
     normal,
 )
 from memforge.errors import Problem
@@ -145,13 +149,36 @@ class AttentionPlan(KindPlan):
         # with a window of w only the band below the diagonal: w*t - w*w/2 pairs, which is t*t/2 at w = t.
         scores, w = 4 * batch * seq_len * seq_len * q_dim, min(self.window or seq_len, seq_len)
         needed = 2 * batch * w * (2 * seq_len - w) * q_dim
+        moved = 2 * n * (q_dim + kv_dim)  # queries, keys, values and outputs; scores stay on the chip
         return (
             matmul_cost("wq", n, self.dim, q_dim),
             matmul_cost("wk", n, self.dim, kv_dim),
             matmul_cost("wv", n, self.dim, kv_dim),
-            OpCost("attention", scores, 2 * scores, needed, 2 * needed),
+            OpCost("attention", scores, 2 * scores, needed, 2 * needed, Traffic(0, moved, 0, 2 * moved)),
             matmul_cost("wo", n, q_dim, self.dim),
         )
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        """As fused attention keeps it: no scores but one logarithm per query, the mask as it is added to scores."""
+        n, h, kv, width = batch * seq_len, self.num_heads, self.num_kv_heads, self.head_dim
+        norms = (*norm_saved("q_norm", n * h, width), *norm_saved("k_norm", n * kv, width)) if self.qk_norm else ()
+        mask = () if self.window is None else (Saved("mask", seq_len * seq_len),)
+        return (
+            *norms,
+            Saved("cos", seq_len * width // 2),
+            Saved("sin", seq_len * width // 2),
+            Saved("queries", n * h * width),
+            Saved("keys", n * kv * width),
+            Saved("values", n * kv * width),
+            *mask,
+            Saved("log_sum_exp", n * h),
+            Saved("mixed", n * h * width),
+        )
+
+    def scratch(self, batch: int, seq_len: int) -> Scratch:
+        """Rotation holds the halves and their products; backward the gradients of queries, keys and values."""
+        n, q_dim, kv_dim = batch * seq_len, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return Scratch(4 * n * 2 * (q_dim + kv_dim), 4 * n * 2 * (q_dim + 2 * kv_dim))
 
 
 KIND = Kind(

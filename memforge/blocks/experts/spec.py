@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from memforge.blocks.base import DType, Kind, KindPlan, OpCost, Param, Site, normal
+from memforge.blocks.base import DType, Kind, KindPlan, OpCost, Param, Saved, Site, normal
 from memforge.blocks.product_keys.spec import ProductKeyPoolSpec
 
 
@@ -31,6 +31,9 @@ class ExpertsPlan(KindPlan):
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         """Nothing of its own: reading rows is the cost of the block that reads them."""
+        return ()
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
         return ()
 
 

@@ -11,6 +11,8 @@ from memforge.blocks.base import (
     KindSpec,
     OpCost,
     Param,
+    Saved,
+    Scratch,
     Site,
     linear,
     matmul_cost,
@@ -49,6 +51,23 @@ class FfnPlan(KindPlan):
         n, d, f = batch * seq_len, self.dim, self.hidden_dim
         up = (matmul_cost("w3", n, d, f),) if self.activation == "swiglu" else ()
         return (matmul_cost("w1", n, d, f), *up, matmul_cost("w2", n, f, d))
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        return hidden_saved(self.activation, batch * seq_len * self.hidden_dim)
+
+    def scratch(self, batch: int, seq_len: int) -> Scratch:
+        return Scratch(0, hidden_scratch(self.activation, batch * seq_len * self.hidden_dim))
+
+
+def hidden_saved(activation: Activation, numel: int) -> tuple[Saved, ...]:
+    """What the hidden layer keeps, `numel` elements each: before the activation and after; swiglu both its factors."""
+    factors = ("up", "silu") if activation == "swiglu" else ()
+    return tuple(Saved(what, numel) for what in ("hidden", *factors, "activated"))
+
+
+def hidden_scratch(activation: Activation, numel: int) -> int:
+    """Bytes of the gradients of the hidden layer beside what is kept; the kept product is freed before its factors'."""
+    return 4 * numel * (2 if activation == "swiglu" else 1)
 
 
 KIND = Kind(

@@ -4,7 +4,19 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from memforge.blocks.base import Dim, Kind, OpCost, Param, Site, linear, matmul_cost, normal
+from memforge.blocks.base import (
+    Dim,
+    Kind,
+    OpCost,
+    Param,
+    Saved,
+    Scratch,
+    Site,
+    linear,
+    matmul_cost,
+    normal,
+    rows_cost,
+)
 from memforge.blocks.product_keys.spec import ProductKeyPlan, ProductKeyPoolSpec, ProductKeySpec
 from memforge.blocks.values.spec import ValuesSpec
 
@@ -51,8 +63,8 @@ class MemoryPlan(ProductKeyPlan):
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         n, d, v = batch * seq_len, self.dim, self.value_dim
-        gather = 2 * n * self.num_heads * self.top_k * v
-        costs = [*self.key_costs(n), OpCost("weighted_gather", gather, 2 * gather)]
+        gather = rows_cost("weighted_gather", n, self.num_heads * self.top_k, v, self.num_sub_keys**2, self.dtype)
+        costs = [*self.key_costs(n), gather]
         if self.gate == "swilu":
             costs += [matmul_cost("w1", n, d, v), matmul_cost("w2", n, v, d)]
         if self.gate == "sigmoid":
@@ -60,6 +72,25 @@ class MemoryPlan(ProductKeyPlan):
         if self.has_value_proj:
             costs.append(matmul_cost("value_proj", n, v, d))
         return tuple(costs)
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        n, v = batch * seq_len, self.value_dim
+        rows = [*self.key_saved(n)]
+        if self.gate == "swilu":
+            rows += [Saved(what, n * v) for what in ("read", "gate", "silu", "gated")]
+        if self.gate == "sigmoid":
+            rows += [Saved("read", n * v), Saved("gate", n)]
+        if self.has_value_proj:
+            rows.append(Saved("projected", n * v))
+        return tuple(rows)
+
+    def scratch(self, batch: int, seq_len: int) -> Scratch:
+        """Forward: scoring. Backward: the rows that were read, summed, before they are laid into the gradient of the
+        pool, and the sort of all reads by slot (slot, order and its inverse, weight).
+        """
+        n, reads = batch * seq_len, batch * seq_len * self.num_heads * self.top_k
+        touched = min(reads, self.num_sub_keys**2)
+        return Scratch(self.key_scratch(n), 4 * touched * self.value_dim + 28 * reads)
 
 
 KIND = Kind(

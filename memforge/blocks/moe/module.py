@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from memforge.blocks.ffn.module import Ffn, activate
-from memforge.blocks.moe.spec import MoePlan
+from memforge.blocks.moe.spec import MoePlan, part_of
 from memforge_kernels import grouped_linear
 
 
@@ -27,7 +27,7 @@ class Moe(nn.Module):
 
     def __init__(self, plan: MoePlan, norm_eps: float, pool: nn.Module | None = None) -> None:
         super().__init__()
-        self.plan = plan
+        self.plan, self.share = plan, plan.share()
         e, d, f = plan.num_experts, plan.dim, plan.hidden_dim
         self.router = nn.Linear(d, e, bias=False)
         self.w1 = nn.Parameter(torch.empty(e, d, f))
@@ -45,16 +45,17 @@ class Moe(nn.Module):
         logits = self.router(flat)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probs = logits.softmax(dim=-1)
-        y = self.experts(flat, self.route(probs))
+        rows = part_of(b * t, self.share) if self.training and self.share is not None else None
+        if rows is not None and self.plan.router == "expert_choice":
+            route, chosen = self.experts_choose(probs, rows), None
+        else:
+            weights, chosen = probs.topk(self.plan.top_k, dim=-1)
+            route = self.tokens_choose(weights, chosen)
+            route = route if rows is None else self.limited(route, rows)
+        y = self.experts(flat, route)
         if self.shared is not None:
             y = y + self.shared(flat, pools)[0]
-        return y.view(b, t, d), self.losses(logits, probs) if self.training else {}
-
-    def route(self, probs: Tensor) -> Route:
-        rows = self.plan.rows_per_expert(probs.shape[0]) if self.training else None
-        if rows is None:
-            return self.tokens_choose(probs)
-        return self.experts_choose(probs, rows) if self.plan.router == "expert_choice" else self.limited(probs, rows)
+        return y.view(b, t, d), self.losses(logits, probs, chosen) if self.training else {}
 
     def experts(self, flat: Tensor, route: Route) -> Tensor:
         """The weighted sum of the experts' outputs: flat [n, d] -> [n, d]."""
@@ -62,32 +63,33 @@ class Moe(nn.Module):
         up = grouped_linear(rows, self.w3, route.offsets) if self.w3 is not None else None
         hidden = activate(self.plan.activation, grouped_linear(rows, self.w1, route.offsets), up)
         out = grouped_linear(hidden, self.w2, route.offsets)
-        return torch.zeros_like(flat).index_add(0, route.token, out * route.weight.to(out.dtype).unsqueeze(1))
+        out = out * route.weight.to(out.dtype).unsqueeze(1)
+        # Not index_add, which keeps its source for a backward pass that needs only the index.
+        return torch.zeros_like(flat).index_put((route.token,), out, accumulate=True)
 
-    def tokens_choose(self, probs: Tensor) -> Route:
-        """Every token with each of its top_k experts: probs [n, e] -> a route of n * top_k rows, by expert."""
-        weights, experts = probs.topk(self.plan.top_k, dim=-1)
+    def tokens_choose(self, weights: Tensor, experts: Tensor) -> Route:
+        """Every token with each of its experts: weights and experts [n, k] -> a route of n * k rows, by expert."""
         if self.plan.normalize_top_k:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         by_expert, order = experts.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(by_expert, torch.arange(self.plan.num_experts, device=probs.device), right=True)
+        ends = torch.searchsorted(by_expert, torch.arange(self.plan.num_experts, device=experts.device), right=True)
         return Route(order // self.plan.top_k, weights.reshape(-1)[order], ends)
 
-    def limited(self, probs: Tensor, capacity: int) -> Route:
-        """As tokens choose, but the first `capacity` tokens of each expert only; free rows hold token 0, weight 0.
+    def limited(self, route: Route, capacity: int) -> Route:
+        """The first `capacity` tokens of each expert; places that stay free hold token 0 with weight 0.
 
-        Tokens come first in the order of the batch, so that none loses its place to a later token of its sequence.
+        Tokens come in the order of the batch, so that none loses its place to a later token of its sequence.
         """
-        choice, e = self.tokens_choose(probs), self.plan.num_experts
-        row = torch.arange(choice.token.shape[0], device=probs.device)
-        expert = torch.searchsorted(choice.offsets, row, right=True)
-        starts = torch.cat((choice.offsets.new_zeros(1), choice.offsets[:-1]))
+        e, device = self.plan.num_experts, route.token.device
+        row = torch.arange(route.token.shape[0], device=device)
+        expert = torch.searchsorted(route.offsets, row, right=True)
+        starts = torch.cat((route.offsets.new_zeros(1), route.offsets[:-1]))
         rank = row - starts[expert]
-        # One row more takes all that are dropped.
-        target = torch.where(rank < capacity, expert * capacity + rank, e * capacity)
-        token = choice.token.new_zeros(e * capacity + 1).scatter(0, target, choice.token)[:-1]
-        weight = choice.weight.new_zeros(e * capacity + 1).scatter(0, target, choice.weight)[:-1]
-        return Route(token, weight, self.even_offsets(capacity, probs))
+        # One place more takes all that are dropped.
+        place = torch.where(rank < capacity, expert * capacity + rank, e * capacity)
+        token = route.token.new_zeros(e * capacity + 1).scatter(0, place, route.token)[:-1]
+        weight = route.weight.new_zeros(e * capacity + 1).scatter(0, place, route.weight)[:-1]
+        return Route(token, weight, self.even_offsets(capacity, device))
 
     def experts_choose(self, probs: Tensor, capacity: int) -> Route:
         """Every expert with the `capacity` tokens that give it most: probs [n, e] -> a route of e * capacity rows.
@@ -95,27 +97,25 @@ class Moe(nn.Module):
         Ref: Zhou et al. 2022 (2202.09368), section 3.2.
         """
         weights, tokens = probs.T.topk(capacity, dim=-1)
-        return Route(tokens.reshape(-1), weights.reshape(-1), self.even_offsets(capacity, probs))
+        return Route(tokens.reshape(-1), weights.reshape(-1), self.even_offsets(capacity, probs.device))
 
-    def even_offsets(self, rows: int, like: Tensor) -> Tensor:
-        return torch.arange(1, self.plan.num_experts + 1, device=like.device) * rows
+    def even_offsets(self, rows: int, device: torch.device) -> Tensor:
+        return torch.arange(1, self.plan.num_experts + 1, device=device) * rows
 
-    def losses(self, logits: Tensor, probs: Tensor) -> dict[str, Tensor]:
-        """Named scalars, each with its coefficient applied; those with a coefficient of zero are left out."""
+    def losses(self, logits: Tensor, probs: Tensor, chosen: Tensor | None) -> dict[str, Tensor]:
+        """Named scalars, each times its coefficient; those with a coefficient of zero are left out."""
         losses = {}
-        if self.plan.load_balance_coef:
-            losses["load_balance"] = self.plan.load_balance_coef * self.load_balance(probs)
+        if self.plan.load_balance_coef and chosen is not None:
+            losses["load_balance"] = self.plan.load_balance_coef * self.load_balance(probs, chosen)
         if self.plan.z_loss_coef:
             losses["router_z"] = self.plan.z_loss_coef * logits.logsumexp(dim=-1).square().mean()
         return losses
 
-    def load_balance(self, probs: Tensor) -> Tensor:
+    def load_balance(self, probs: Tensor, chosen: Tensor) -> Tensor:
         """e * sum_i f_i P_i: share of the choices times mean router probability, 1 when even.
 
         Ref: Fedus et al. 2021 (2101.03961), equations 4 to 6.
         """
-        experts = probs.topk(self.plan.top_k, dim=-1).indices.reshape(-1)
-        counts = probs.new_zeros(self.plan.num_experts).scatter_add(
-            0, experts, torch.ones_like(experts).to(probs.dtype)
-        )
-        return self.plan.num_experts * (counts / experts.numel() * probs.mean(dim=0)).sum()
+        ones = torch.ones_like(chosen, dtype=probs.dtype).reshape(-1)
+        counts = probs.new_zeros(self.plan.num_experts).scatter_add(0, chosen.reshape(-1), ones)
+        return self.plan.num_experts * (counts / chosen.numel() * probs.mean(dim=0)).sum()

@@ -15,12 +15,14 @@ from memforge.blocks.base import (
     OpCost,
     Param,
     RowReads,
+    Saved,
+    Scratch,
     Site,
     linear,
     matmul_cost,
     normal,
 )
-from memforge.blocks.ffn.spec import Activation, FfnPlan
+from memforge.blocks.ffn.spec import Activation, FfnPlan, hidden_saved, hidden_scratch
 from memforge.errors import Problem
 
 Experts = Annotated[int, Field(ge=1, le=65_536)]
@@ -62,7 +64,7 @@ class MoeSpec(KindSpec):
         if self.top_k > self.num_experts:
             message = f"top_k = {self.top_k} is more than num_experts = {self.num_experts}"
             yield Problem(("top_k",), message, siblings=("num_experts",))
-        if self.normalize_top_k and self.top_k == 1 and self.num_experts > 1:
+        if self.normalize_top_k and self.top_k == 1 < self.num_experts and self.router == "token_choice":
             yield Problem(
                 ("normalize_top_k",),
                 "with top_k = 1 the rescaled weight is always 1, so the router would get no gradient",
@@ -89,6 +91,12 @@ class MoeSpec(KindSpec):
         return MoePlan(**self.resolved(site, path, load_balance_coef=coef))
 
 
+def part_of(n: int, share: tuple[int, int]) -> int:
+    """A fraction of n, rounded up. It is traced as well, with n a symbol."""
+    numerator, denominator = share
+    return -(-n * numerator // denominator)
+
+
 class MoePlan(KindPlan):
     kind: Literal["moe"]
     num_experts: int
@@ -110,13 +118,16 @@ class MoePlan(KindPlan):
             "included; evaluation is by token choice"
         )
 
-    def rows_per_expert(self, n: int) -> int | None:
-        """Rows of every expert for n tokens in training; None where the routing decides, with n * top_k in all."""
+    def share(self) -> tuple[int, int] | None:
+        """The share of all tokens that each expert takes in training, a fraction; None where the routing decides."""
         if self.router == "token_choice" and self.capacity_factor is None:
             return None
         factor = 1 if self.capacity_factor is None else Fraction(str(self.capacity_factor))
-        share = min(Fraction(factor * self.top_k, self.num_experts), Fraction(1))
-        return -(-n * share.numerator // share.denominator)
+        return min(Fraction(factor * self.top_k, self.num_experts), Fraction(1)).as_integer_ratio()
+
+    def rows_per_expert(self, n: int) -> int | None:
+        """Rows of every expert for n tokens in training, rounded up; None where the routing decides."""
+        return None if (share := self.share()) is None else part_of(n, share)
 
     def shared(self) -> FfnPlan | None:
         """The shared experts side by side: a feed-forward network of their joint width."""
@@ -144,25 +155,55 @@ class MoePlan(KindPlan):
             *(replace(p, name=f"shared.{p.name}") for p in (shared.params() if shared else ())),
         )
 
+    def rows(self, n: int) -> int:
+        """Rows that all experts together run on for n tokens in training, those that hold no token included."""
+        limited = self.rows_per_expert(n)
+        return n * self.top_k if limited is None else self.num_experts * limited
+
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
-        n, d, f = batch * seq_len, self.dim, self.hidden_dim
-        chosen, limited = n * self.top_k, self.rows_per_expert(n)
-        executed = chosen if limited is None else self.num_experts * limited
+        n, d, f, e = batch * seq_len, self.dim, self.hidden_dim, self.num_experts
+        executed = self.rows(n)
         # Experts with a capacity run on all of it; rows that hold no token are no work of the model.
-        counted = executed if self.router == "expert_choice" else min(chosen, executed)
+        counted = executed if self.router == "expert_choice" else min(n * self.top_k, executed)
 
         def expert(op: str, a: int, b: int) -> OpCost:
-            ran, asked = matmul_cost(op, executed, a, b), matmul_cost(op, counted, a, b)
+            ran, asked = (matmul_cost(op, rows, a, b, num_matrices=e) for rows in (executed, counted))
             return replace(ran, counted_forward=asked.forward, counted_backward=asked.backward)
 
         shared = self.shared()
         return (
-            matmul_cost("router", n, d, self.num_experts),
+            matmul_cost("router", n, d, e),
             expert("w1", d, f),
             *((expert("w3", d, f),) if self.activation == "swiglu" else ()),
             expert("w2", f, d),
             *(replace(cost, op=f"shared.{cost.op}") for cost in (shared.costs(batch, seq_len) if shared else ())),
         )
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        n, d, f, e, k = batch * seq_len, self.dim, self.hidden_dim, self.num_experts, self.top_k
+        rows, limited = self.rows(n), self.rows_per_expert(n) is not None
+        saved = [Saved("probabilities", n * e)]
+        if self.router == "token_choice":
+            saved += [Saved("chosen", n * k, "int64"), Saved("order", n * k, "int64")]
+            if self.normalize_top_k:
+                saved += [Saved("weights", n * k), Saved("weight_sums", n)]
+            # With a capacity, each choice has a place; one row more than there are takes the dropped ones.
+            saved += [Saved("places", n * k, "int64")] if limited else []
+            saved += [Saved("tokens", rows + limited, "int64"), Saved("row_weights", rows + limited)]
+            saved += [Saved("shares", e)] if self.load_balance_coef else []
+        else:
+            saved += [Saved("tokens", rows, "int64"), Saved("row_weights", rows)]
+        if self.z_loss_coef:
+            saved += [Saved("logits", n * e), Saved("log_sum_exp", n)]
+        saved += [Saved("offsets", e, "int64"), Saved("dispatched", rows * d), Saved("returned", rows * d)]
+        saved += hidden_saved(self.activation, rows * f)
+        shared = self.shared()
+        return (*saved, *(shared.saved(batch, seq_len) if shared else ()))
+
+    def scratch(self, batch: int, seq_len: int) -> Scratch:
+        """Backward holds the gradients of the hidden layer and of the dispatched rows."""
+        rows = self.rows(batch * seq_len)
+        return Scratch(0, hidden_scratch(self.activation, rows * self.hidden_dim) + 4 * rows * self.dim)
 
 
 KIND = Kind(

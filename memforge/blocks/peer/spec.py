@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from memforge.blocks.base import Kind, OpCost, Param, Site
+from memforge.blocks.base import Kind, OpCost, Param, Saved, Scratch, Site, rows_cost
 from memforge.blocks.experts.spec import ExpertsSpec
 from memforge.blocks.product_keys.spec import ProductKeyPlan, ProductKeyPoolSpec, ProductKeySpec
 
@@ -35,8 +35,23 @@ class PeerPlan(ProductKeyPlan):
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         n = batch * seq_len
-        rows = 2 * n * self.num_heads * self.top_k * self.dim
-        return (*self.key_costs(n), OpCost("gather_dot", rows, 2 * rows), OpCost("weighted_gather", rows, 2 * rows))
+        ops = (
+            rows_cost(op, n, self.num_heads * self.top_k, self.dim, self.num_sub_keys**2, self.dtype)
+            for op in ("gather_dot", "weighted_gather")
+        )
+        return (*self.key_costs(n), *ops)
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        """The neurons before the activation (a ReLU needs none), after it, and times their weights."""
+        n = batch * seq_len
+        before = () if self.activation == "relu" else ("neurons",)
+        reads = n * self.num_heads * self.top_k
+        return (*self.key_saved(n), *(Saved(what, reads) for what in (*before, "activated", "weighted")))
+
+    def scratch(self, batch: int, seq_len: int) -> Scratch:
+        """As for memory: scoring, then the rows that were read and the sort of all reads by slot."""
+        n, reads = batch * seq_len, batch * seq_len * self.num_heads * self.top_k
+        return Scratch(self.key_scratch(n), 4 * min(reads, self.num_sub_keys**2) * self.dim + 28 * reads)
 
 
 KIND = Kind(

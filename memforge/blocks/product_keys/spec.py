@@ -12,10 +12,13 @@ from memforge.blocks.base import (
     OpCost,
     Param,
     RowReads,
+    Saved,
     Site,
+    Traffic,
     linear,
     matmul_cost,
     norm,
+    norm_saved,
     uniform,
     unknown,
 )
@@ -138,8 +141,25 @@ class ProductKeyPlan(KindPlan):
         """Both halves score s sub-keys of key_dim / 2 channels. Only the k selected rows of each half have a gradient,
         for the query and for the sub-keys.
         """
-        h, q = self.num_heads, self.key_dim
+        h, s, q, k = self.num_heads, self.num_sub_keys, self.key_dim, self.top_k
+        # A score and an int64 slot are three elements. Backward reads the selected halves and writes all gradients.
+        chosen = 3 * n * h * k
+        moved = Traffic(h * s * q, n * h * q + chosen, 2 * h * s * q, 2 * n * h * q + n * h * k * q + chosen)
         return (
             matmul_cost("query", n, self.dim, h * q),
-            OpCost("product_key_topk", 2 * n * h * self.num_sub_keys * q, 4 * n * h * self.top_k * q),
+            OpCost("product_key_topk", 2 * n * h * s * q, 4 * n * h * k * q, traffic=moved),
         )
+
+    def key_saved(self, n: int) -> tuple[Saved, ...]:
+        """Queries, slots and weights; with qk_norm the norms of query halves and sub-keys as well."""
+        h, s, q, k = self.num_heads, self.num_sub_keys, self.key_dim, self.top_k
+        norms: tuple[Saved, ...] = ()
+        if self.qk_norm:
+            # The input of key_norm is a parameter, its output is kept for the scores.
+            keys = norm_saved("key_norm", 2 * h * s, q // 2)[1:]
+            norms = (*norm_saved("query_norm", 2 * n * h, q // 2), *keys, Saved("keys", h * s * q))
+        return (*norms, Saved("queries", n * h * q), Saved("slots", n * h * k, "int64"), Saved("weights", n * h * k))
+
+    def key_scratch(self, n: int) -> int:
+        """Bytes while halves are scored: n*h*2*s scores, three arrays of their bits, and the 64-bit sorting keys."""
+        return n * self.num_heads * 2 * self.num_sub_keys * (4 + 3 * 4 + 8)

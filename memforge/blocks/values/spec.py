@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from memforge.blocks.base import Dim, DType, Kind, KindPlan, OpCost, Param, Site, normal
+from memforge.blocks.base import Dim, DType, Kind, KindPlan, OpCost, Param, Saved, Site, normal
 from memforge.blocks.product_keys.spec import ProductKeyPoolSpec
 
 
@@ -34,6 +34,9 @@ class ValuesPlan(KindPlan):
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         """Nothing of its own: reading rows is the cost of the block that reads them."""
+        return ()
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
         return ()
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from memforge.blocks.base import Kind, KindPlan, KindSpec, OpCost, Param, Site, normal, unknown
+from memforge.blocks.base import Kind, KindPlan, KindSpec, OpCost, Param, Saved, Site, normal, unknown
 from memforge.errors import Problem
 
 
@@ -27,6 +27,9 @@ class RowsPlan(KindPlan):
         return (Param("rows", (self.num_rows, self.dim), normal(1.0), group="values", decay=False),)
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
+        return ()
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
         return ()
 
 
@@ -59,6 +62,9 @@ class FetchPlan(KindPlan):
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         return (OpCost("mean", 0, 0),)
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        return (Saved("mean", self.dim),)
 
 
 ROWS = Kind(

@@ -4,7 +4,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from memforge.blocks.base import Kind, KindPlan, KindSpec, OpCost, Param, Site, constant, linear, matmul_cost, normal
+from memforge.blocks.base import (
+    Kind,
+    KindPlan,
+    KindSpec,
+    OpCost,
+    Param,
+    Saved,
+    Site,
+    constant,
+    linear,
+    matmul_cost,
+    normal,
+)
 
 
 class ScaleSpec(KindSpec):
@@ -27,6 +39,9 @@ class ScalePlan(KindPlan):
 
     def costs(self, batch: int, seq_len: int) -> tuple[OpCost, ...]:
         return (matmul_cost("mix", batch * seq_len, self.dim, self.dim),)
+
+    def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        return (Saved("scaled", batch * seq_len * self.dim),)
 
 
 KIND = Kind(

@@ -1,15 +1,17 @@
-"""FLOP formulas of the ops, for FlopCounterMode(custom_mapping=FLOP_FORMULAS); a multiply-add is 2."""
+"""What is known of each registered op: FLOP_FORMULAS for FlopCounterMode(custom_mapping=FLOP_FORMULAS), a multiply-add
+being 2, and KERNELS, the function that runs when it is called, for tools that look inside.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from memforge_kernels.gather_dot import op as _gather_dot  # noqa: F401  registers the ops
-from memforge_kernels.grouped_linear import op as _grouped_linear  # noqa: F401
-from memforge_kernels.product_key_topk import op as _product_key_topk  # noqa: F401
-from memforge_kernels.weighted_gather import op as _weighted_gather  # noqa: F401
-from memforge_kernels.weighted_scatter import op as _weighted_scatter  # noqa: F401
+from memforge_kernels.gather_dot import op as gather_dot
+from memforge_kernels.grouped_linear import op as grouped_linear
+from memforge_kernels.product_key_topk import op as product_key_topk
+from memforge_kernels.weighted_gather import op as weighted_gather
+from memforge_kernels.weighted_scatter import op as weighted_scatter
 
 Shape = tuple[int, ...]
 
@@ -46,4 +48,13 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.memforge.weighted_scatter: _weighted_scatter_flops,
     torch.ops.memforge.grouped_linear: _grouped_linear_flops,
     torch.ops.memforge.grouped_linear_weight_grad: _grouped_weight_grad_flops,
+}
+
+KERNELS: dict[Any, Callable[..., Any]] = {
+    torch.ops.memforge.product_key_topk.default: product_key_topk.forward,
+    torch.ops.memforge.weighted_gather.default: weighted_gather.forward,
+    torch.ops.memforge.weighted_scatter.default: weighted_scatter.forward,
+    torch.ops.memforge.gather_dot.default: gather_dot.forward,
+    torch.ops.memforge.grouped_linear.default: grouped_linear.forward,
+    torch.ops.memforge.grouped_linear_weight_grad.default: grouped_linear.weight_grad,
 }

@@ -13,6 +13,11 @@ from fractions import Fraction
 from typing import Any
 
 from memforge.blocks.base import BYTES_PER_ELEMENT, OpCost, matmul_cost
+from memforge.cost.access import distinct_uniform, distinct_zipf
+from memforge.cost.devices import DEVICES, Device
+from memforge.cost.memory import StepMemory, step_memory
+from memforge.cost.mesh import Mesh, per_rank
+from memforge.cost.roofline import UPDATE_READ, UPDATE_WRITTEN, Roofline, roofline
 from memforge.errors import UsageError
 from memforge.plan import ModelPlan, ParamRow
 
@@ -22,7 +27,11 @@ CONVENTIONS = (
     "executed: every op as implemented, attention as full matrix products; equal to FlopCounterMode on meta",
     "active parameters: touched by one token - every dense weight and sub-key, one embedding row, the chosen "
     "experts, heads*top_k value rows per reader",
-    "bytes: parameter bytes that one token reads in the forward pass, nothing cached",
+    "bytes read: of parameters, by one token with nothing cached, by a batch every row once; written: by a row-wise "
+    "AdamW update, weight and two fp32 moments of each element that a token or a batch touches",
+    "rows touched by a batch: expected, when all rows are equally likely, and when row i has probability ~ 1/i (Zipf)",
+    "memory: training in fp32 with dense gradients and AdamW; activations are what autograd keeps in eager mode",
+    "roofline: the least time by peak FLOPs and bandwidth, the update dense as it is now; no machine was asked",
 )
 EXCLUDED = (
     "norms",
@@ -31,6 +40,7 @@ EXCLUDED = (
     "activations and other element-wise work",
     "rotary positions",
 )
+ACCESS = {"uniform": distinct_uniform, "zipf": distinct_zipf}
 AXES = ("params", "active_params", "flops", "bytes")
 
 
@@ -54,6 +64,10 @@ class CostReport:
     rows: tuple[CostRow, ...]
     params: tuple[ParamRow, ...]
     layers: tuple[tuple[str, ...], ...]
+    caveats: tuple[str, ...]
+    memory: StepMemory
+    roofline: tuple[Roofline, ...]
+    mesh: dict[str, Any] | None
 
     @property
     def tokens(self) -> int:
@@ -91,12 +105,42 @@ class CostReport:
                 "by_kind": {k: self._total(rows) for k, rows in rows_of.items()},
                 "executed": self._flops_dict(self.rows, executed=True),
             },
-            "bytes_per_token": {"read": axes["bytes"]},
+            "bytes_per_token": {"read": axes["bytes"], "written": UPDATE_WRITTEN * int(axes["active_params"])},
+            "bytes_per_batch": self._traffic(),
+            "memory": self.memory.as_dict(),
+            "roofline": [line.as_dict() for line in self.roofline],
+            "mesh": self.mesh,
             "layers": list(self._layer_dicts()),
-            "pools": [_pool_dict(row) for row in self.params if row.owner.startswith("pool.")],
+            "pools": list(self._pool_dicts()),
+            "caveats": list(self.caveats),
             "conventions": list(CONVENTIONS),
             "excluded": list(EXCLUDED),
         }
+
+    def _traffic(self) -> dict[str, Any]:
+        """Bytes of parameters that a step on the batch reads once, and that its update writes."""
+        elements = {name: dict.fromkeys(("read", "written"), 0) for name in ACCESS}
+        for row in self.params:
+            width = row.numel // row.shape[0]
+            for name, rows in touched(row, self.tokens).items():
+                elements[name]["read"] += rows * width * BYTES_PER_ELEMENT[row.dtype]
+                elements[name]["written"] += rows * width * UPDATE_WRITTEN
+        params = sum(row.numel for row in self.params)
+        dense = {"read": params * UPDATE_READ, "written": params * UPDATE_WRITTEN}
+        return {"tokens": self.tokens, **elements, "dense_update": dense}
+
+    def _pool_dicts(self) -> Iterator[dict[str, Any]]:
+        pools = _by([row for row in self.params if row.owner.startswith("pool.")], "owner")
+        for path, rows in pools.items():
+            yield {
+                "path": path,
+                "params": sum(row.numel for row in rows),
+                "active_params": sum(row.active for row in rows),
+                "rows": rows[0].shape[0],
+                "rows_touched": touched(rows[0], self.tokens),
+                "layers": sorted(int(reader.split(".")[1]) for reader in rows[0].readers),
+                "readers": list(rows[0].readers),
+            }
 
     def _total(self, rows: list[CostRow]) -> int | float:
         return per_token(sum(_flops(rows)), self.tokens)
@@ -111,12 +155,12 @@ class CostReport:
 
     def _layer_dicts(self) -> Iterator[dict[str, Any]]:
         """Layers in order. A shared pool is in no layer; it is in the totals, once."""
-        params, costs, pools = defaultdict(list), defaultdict(list), defaultdict(list)
+        params, costs, pools = defaultdict(list), defaultdict(list), defaultdict(set)
         for row in self.params:
             params[_block_path(row.path)].append(row)
             if row.owner.startswith("pool."):
                 for reader in row.readers:
-                    pools[reader].append(row.owner)
+                    pools[reader].add(row.owner)
         for cost_row in self.rows:
             costs[cost_row.path].append(cost_row)
         for idx, paths in enumerate(self.layers):
@@ -130,7 +174,7 @@ class CostReport:
                 "blocks": [self._block_dict(p, params[p], costs[p], pools[p]) for p in paths],
             }
 
-    def _block_dict(self, path: str, params: list[ParamRow], costs: list[CostRow], pools: list[str]) -> dict[str, Any]:
+    def _block_dict(self, path: str, params: list[ParamRow], costs: list[CostRow], pools: set[str]) -> dict[str, Any]:
         return {
             "path": path,
             "kind": costs[0].kind,
@@ -142,25 +186,23 @@ class CostReport:
         }
 
 
-def _pool_dict(row: ParamRow) -> dict[str, Any]:
-    return {
-        "path": row.owner,
-        "params": row.numel,
-        "active_params": row.active,
-        "layers": sorted(int(reader.split(".")[1]) for reader in row.readers),
-        "readers": list(row.readers),
-    }
-
-
 def _block_path(param_path: str) -> str:
     """layers.3.memory for layers.3.memory.pool.values."""
     return ".".join(param_path.split(".")[:3])
 
 
-def estimate(plan: ModelPlan, *, batch: int = 1, seq_len: int | None = None) -> CostReport:
+def estimate(
+    plan: ModelPlan,
+    *,
+    batch: int = 1,
+    seq_len: int | None = None,
+    mesh: Mesh | None = None,
+    devices: Iterable[Device] = tuple(DEVICES.values()),
+) -> CostReport:
     """The cost of one step on `batch` sequences of `seq_len` tokens (by default the model's longest).
 
-    Raises UsageError when seq_len is not in 1..max_seq_len or batch is not positive.
+    Roofline times are given for each of `devices`, the share of one rank for `mesh`.
+    Raises UsageError when seq_len is not in 1..max_seq_len, batch is not positive, or the model does not fit the mesh.
     """
     t = plan.max_seq_len if seq_len is None else seq_len
     if not 1 <= t <= plan.max_seq_len:
@@ -174,7 +216,28 @@ def estimate(plan: ModelPlan, *, batch: int = 1, seq_len: int | None = None) -> 
     head = matmul_cost("head", batch * t, plan.dim, plan.vocab_size)
     rows.append(CostRow("head", "head", None, head))
     paths = tuple(tuple(part.path for part in (layer.mixer, *layer.blocks)) for layer in plan.layers)
-    return CostReport(plan.model_hash, batch, t, tuple(rows), plan.params, paths)
+    num_params = sum(row.numel for row in plan.params)
+    num_touched = sum(touched(row, batch * t)["uniform"] * (row.numel // row.shape[0]) for row in plan.params)
+    lines = (roofline(((r.kind, r.cost) for r in rows), num_params, num_touched, device) for device in devices)
+    return CostReport(
+        model_hash=plan.model_hash,
+        batch=batch,
+        seq_len=t,
+        rows=tuple(rows),
+        params=plan.params,
+        layers=paths,
+        caveats=plan.caveats(),
+        memory=step_memory(plan, batch, t),
+        roofline=tuple(lines),
+        mesh=None if mesh is None else per_rank(plan, mesh),
+    )
+
+
+def touched(row: ParamRow, tokens: int) -> dict[str, int]:
+    """Entries of dimension 0 that a batch is expected to read, by how likely each is to be read."""
+    if not row.reads:
+        return dict.fromkeys(ACCESS, row.shape[0])
+    return {name: expected(row.reads, tokens, row.shape[0]) for name, expected in ACCESS.items()}
 
 
 def per_token(total: int, tokens: int) -> int | float:

@@ -1,0 +1,134 @@
+"""Bytes that one training step holds: weights, gradients, optimizer state, activations, and the most of them at once.
+
+Training is in fp32 with AdamW and dense gradients, as memforge/training does it. What autograd keeps is exact for
+eager execution on a CPU; the peak adds estimates of what each block holds while it runs.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+from memforge.blocks.base import BYTES_PER_ELEMENT, Saved, norm_saved
+from memforge.plan import LayerPlan, ModelPlan
+
+# AdamW keeps two moments in fp32.
+STATE_BYTES_PER_PARAM = 8
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step. `peak_in` names the phase in which most is alive."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    activations_checkpointed: int
+    peak: int
+    peak_in: str
+    peak_checkpointed: int
+    peak_checkpointed_in: str
+    checkpoint: int
+    checkpoint_resumable: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layer_saved(layer: LayerPlan, dim: int, batch: int, seq_len: int) -> tuple[Saved, ...]:
+    """What autograd keeps of one layer; its two norms and the inputs of mixer and blocks belong to it."""
+    n, t = batch * seq_len, seq_len
+    blocks = (saved for block in layer.blocks for saved in block.saved(batch, t))
+    return (
+        *norm_saved("mixer_norm", n, dim),
+        Saved("mixer input", n * dim),
+        *layer.mixer.saved(batch, t),
+        *norm_saved("block_norm", n, dim),
+        Saved("block input", n * dim),
+        *blocks,
+    )
+
+
+def frame_saved(plan: ModelPlan, batch: int, seq_len: int) -> tuple[Saved, ...]:
+    """What autograd keeps outside the layers: the tokens, the last norm, and the loss."""
+    n = batch * seq_len
+    return (
+        Saved("window", batch * (seq_len + 1), "int64"),
+        *norm_saved("norm", n, plan.dim),
+        Saved("head input", n * plan.dim),
+        Saved("log_probabilities", n * plan.vocab_size),
+        # Where the targets are evenly spaced in the window they are a view of it.
+        Saved("targets", n if batch > 1 and seq_len > 1 else 0, "int64"),
+        Saved("loss_weight", 1),
+    )
+
+
+def step_memory(plan: ModelPlan, batch: int, seq_len: int) -> StepMemory:
+    weights = plan.weight_bytes()
+    optimizer = STATE_BYTES_PER_PARAM * sum(row.numel for row in plan.params)
+    frame = sum(saved.bytes for saved in frame_saved(plan, batch, seq_len))
+    layers = [sum(s.bytes for s in layer_saved(layer, plan.dim, batch, seq_len)) for layer in plan.layers]
+    inputs = FP32 * batch * seq_len * plan.dim * plan.num_layers
+    peak, phase = max(_timeline(plan, batch, seq_len, layers, frame, checkpointed=False))
+    peak_checkpointed, phase_checkpointed = max(_timeline(plan, batch, seq_len, layers, frame, checkpointed=True))
+    return StepMemory(
+        weights=weights,
+        gradients=weights,
+        optimizer=optimizer,
+        activations=frame + sum(layers),
+        activations_checkpointed=frame + inputs,
+        peak=weights + optimizer + peak,
+        peak_in=phase,
+        peak_checkpointed=weights + optimizer + peak_checkpointed,
+        peak_checkpointed_in=phase_checkpointed,
+        checkpoint=weights,
+        checkpoint_resumable=weights + optimizer,
+    )
+
+
+def _timeline(
+    plan: ModelPlan, batch: int, seq_len: int, layers: list[int], frame: int, *, checkpointed: bool
+) -> Iterator[tuple[int, str]]:
+    """Bytes alive beside weights and optimizer state, and the phase, through one step."""
+    n = batch * seq_len
+    stream, logits, window = FP32 * n * plan.dim, FP32 * n * plan.vocab_size, 16 * batch * (seq_len + 1)
+    kept = list(accumulate(stream if checkpointed else saved for saved in layers))
+    scratch = [[block.scratch(batch, seq_len) for block in (layer.mixer, *layer.blocks)] for layer in plan.layers]
+    for idx, parts in enumerate(scratch):
+        yield window + kept[idx] + max(part.forward for part in parts), f"forward of layer {idx}"
+    # The gradients of the log-probabilities and of the logits, while the log-probabilities are still there.
+    yield frame + kept[-1] + 2 * logits, "backward of the loss"
+
+    of_layer, of_pool, done = _gradients(plan)
+    total = plan.weight_bytes()
+    begun: set[str] = set()
+    for idx in reversed(range(plan.num_layers)):
+        read = {path for block in plan.layers[idx].blocks if (path := block.pool_path()) in of_pool and path}
+        # Every reader of a pool makes a gradient of the whole pool, which is then added to that of the readers before.
+        added = sum(of_pool[path] for path in read & begun)
+        done += of_layer[idx] + sum(of_pool[path] for path in read - begun)
+        begun |= read
+        working = max(part.backward for part in scratch[idx]) + 3 * stream
+        if checkpointed:  # the layer runs again, from the input that was kept
+            replay = max(part.forward for part in scratch[idx]) + stream
+            working = layers[idx] - stream + max(working, replay)
+        yield window + kept[idx] + done + added + working, f"backward of layer {idx}"
+    yield total, "update"
+
+
+def _gradients(plan: ModelPlan) -> tuple[list[int], dict[str, int], int]:
+    """Bytes of the gradients of each layer, of each shared pool, and of last norm and head, which come first."""
+    layers, rest = [0] * plan.num_layers, 0
+    pools: dict[str, int] = defaultdict(int)
+    for row in plan.params:
+        size, parts = row.numel * BYTES_PER_ELEMENT[row.dtype], row.path.split(".")
+        if parts[0] == "layers":
+            layers[int(parts[1])] += size
+        elif row.owner.startswith("pool."):
+            pools[row.owner] += size
+        elif row.owner != "embedding":
+            rest += size
+    return layers, dict(pools), rest

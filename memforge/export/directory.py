@@ -1,0 +1,113 @@
+"""The build directory: plan, cost, graphs, and a manifest of them."""
+
+import io
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memforge import __version__
+from memforge.build import build_model
+from memforge.cost import estimate
+from memforge.errors import StorageError
+from memforge.export.aten import aten_program, require_room, saved_and_checked
+from memforge.export.graph import export_graph, readable
+from memforge.parity import claimed
+from memforge.plan import Plan
+from memforge.profile.counter import require_exact
+from memforge.storage import file_sha256, replaced_directory, write_json
+from memforge.training.checkpoint import open_run
+
+FORMAT_VERSION = 1
+# The .pt2 files are zip archives in which torch writes its own identifiers; the rest is the same byte for byte.
+REPRODUCIBLE = {"plan.json": True, "cost.json": True, "graph.py": True, "model.pt2": False}
+ATEN = {"model.aten.pt2": False}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of an export: those a seed gives, or the newest checkpoint of a run."""
+
+    seed: int = 0
+    run: Path | None = None
+
+
+def write_build(plan: Plan, out: Path, *, aten: Weights | None = None) -> dict[str, Any]:
+    """Write the build directory of a plan and return its manifest.
+
+    With `aten` the model is also exported with those weights as plain torch ops, to run without memforge.
+    `out` is replaced if it is a build directory. Raises StorageError if it is anything else that is not empty,
+    CheckFailedError if the model does not have the parameters and FLOPs of the ledger, and DeviceError if the weights
+    to export do not fit into memory.
+    """
+    if out.is_symlink() or (out.exists() and not _is_replaceable(out)):
+        raise StorageError(f"{out}: exists and is not a build directory; choose another --out")
+    if aten is not None:
+        require_room(plan.model)
+    counted = require_exact(plan.model)
+    program, parity = export_graph(plan.model), claimed(plan)
+    with replaced_directory(out) as directory:
+        (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        cost = estimate(plan.model).as_dict()
+        write_json(directory / "cost.json", cost | {"parity": parity.as_dict() if parity else None})
+        (directory / "graph.py").write_text(readable(program, plan.name), encoding="utf-8")
+        for node in program.graph.nodes:  # source positions of this machine
+            node.meta.pop("stack_trace", None)
+        # Through memory: on a full disk torch's own writer ends the process.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        (directory / "model.pt2").write_bytes(buffer.getvalue())
+        emitted = _emit_aten(plan, directory, aten) if aten is not None else None
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "name": plan.name,
+            "model_hash": plan.model.model_hash,
+            "run_hash": plan.run.run_hash,
+            "versions": {
+                "memforge": __version__,
+                "python": platform.python_version(),
+                "torch": version("torch"),
+            },
+            "counter": counted,
+            "aten": emitted,
+            "files": {
+                name: {"sha256": file_sha256(directory / name), "byte_identical": same}
+                for name, same in (REPRODUCIBLE | (ATEN if aten is not None else {})).items()
+            },
+        }
+        write_json(directory / "manifest.json", manifest)
+    return manifest
+
+
+def _emit_aten(plan: Plan, directory: Path, weights: Weights) -> dict[str, Any]:
+    """Write model.aten.pt2 and say where its weights come from and how far its logits are from the model's."""
+    if weights.run is None:
+        model, origin = build_model(plan.model, seed=weights.seed), f"seed {weights.seed}"
+    else:
+        trained, model, _, checkpoint = open_run(weights.run, "cpu")
+        if trained.model.model_hash != plan.model.model_hash:
+            raise StorageError(f"{weights.run}: its model is not the one of this spec (the model hashes differ)")
+        origin = checkpoint.name
+    model.requires_grad_(False)
+    content, difference = saved_and_checked(aten_program(plan.model, model), plan.model, model)
+    (directory / "model.aten.pt2").write_bytes(content)
+    return {"weights": origin, "largest_logit_difference": difference}
+
+
+def _is_replaceable(out: Path) -> bool:
+    """Whether `out` is an empty directory, or one that holds a build and nothing else."""
+    if not out.is_dir():
+        return False
+    names = {entry.name for entry in out.iterdir()}
+    if not names:
+        return True
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"].keys()
+        return names <= {"manifest.json", *files} and REPRODUCIBLE.keys() <= files <= {*REPRODUCIBLE, *ATEN}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

@@ -1,0 +1,142 @@
+"""Real training steps on a CPU, with the memory they take counted in three ways.
+
+`measure_step` runs itself in a process of its own, so that what the process holds (RSS) is that of the steps alone.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import profile
+
+from memforge.build import build_model
+from memforge.errors import DeviceError
+from memforge.nn.decoder import next_token_loss
+from memforge.plan import Plan, TrainPlan, plan_from_json
+from memforge.profile.live import LiveStorage
+from memforge.training.optimizer import make_optimizer
+
+# What is measured does not depend on the rates.
+OPTIMIZER = TrainPlan(steps=1, batch_size=1, seq_len=1, learning_rate=1e-4, value_learning_rate=1e-4)
+# The profiler reports its own start and stop, and blocks that were allocated before, on stderr.
+QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """Bytes in the second of two training steps.
+
+    `activations`: what the forward pass leaves alive for the backward pass, counted storage by storage.
+    `peak`: the most that torch's CPU allocator had given out at once, weights and optimizer state included.
+    `peak_tracked`: the same counted storage by storage under a dispatch mode, where gradients of a shared parameter
+    are not added in place and temporaries inside torch's own kernels are not seen.
+    `process`: the most memory the process held beyond what it held before the model was built (RSS).
+    """
+
+    activations: int
+    peak: int
+    peak_tracked: int
+    process: int
+
+
+def measure_step(plan: Plan, batch: int, seq_len: int, *, checkpoint_layers: bool = False) -> MeasuredStep:
+    """Train the plan's model for two steps of eager fp32 on a CPU. Raises DeviceError when that fails."""
+    request = {"plan": plan.to_json(), "batch": batch, "seq_len": seq_len, "checkpoint_layers": checkpoint_layers}
+    done = subprocess.run(
+        [sys.executable, "-m", "memforge.profile.measure"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **QUIET},
+    )
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2] or f"the process ended with {done.returncode}"
+        raise DeviceError(f"{plan.name}: the step could not be measured: {reason}")
+    return MeasuredStep(**json.loads(done.stdout))
+
+
+class _Steps:
+    """A model, its optimizer, and training steps on zeros."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.plan = plan_from_json(request["plan"], "the request").model
+        self.shape, self.checkpoint = (request["batch"], request["seq_len"] + 1), request["checkpoint_layers"]
+        self.begin()
+
+    def begin(self) -> None:
+        self.model = build_model(self.plan).train()
+        self.model.checkpoint_layers = self.checkpoint
+        self.optimizer = make_optimizer(self.model, self.plan, OPTIMIZER)
+
+    def forward(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The loss, and all tensors that are returned with it."""
+        window = torch.zeros(self.shape, dtype=torch.int64)
+        loss, extra = next_token_loss(self.model, window)
+        total = loss + sum(extra.values())
+        return total, [loss, total, *extra.values()]
+
+    def finish(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        self.finish(self.forward()[0])
+
+
+def _held(field: str) -> int:
+    """VmRSS, the memory held now, or VmHWM, the most since the program started; getrusage would add the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def _tracked(steps: _Steps) -> tuple[int, int]:
+    """Bytes that the second forward pass leaves for its backward pass, and the peak of the second step."""
+    state = (value for moments in steps.optimizer.state.values() for value in moments.values())
+    with LiveStorage([*steps.model.parameters(), *state]) as live:
+        before = live.bytes
+        loss, outputs = steps.forward()
+        kept = live.bytes - before - sum({t.untyped_storage()._cdata: t.nbytes for t in outputs}.values())
+        del outputs
+        steps.finish(loss)
+    return kept, live.peak
+
+
+def _allocated(steps: _Steps) -> int:
+    """The most that was allocated at once from the second step on; the model is made inside, so that it counts."""
+    with profile(profile_memory=True) as trace:
+        steps.begin()
+        steps.step()
+        marker = torch.zeros(12_345, dtype=torch.int8)  # its size marks the end of the first step
+        steps.step()
+        del marker
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    totals = list(accumulate(sizes))
+    return max(totals[sizes.index(12_345) :]) - 12_345
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    before = _held("VmRSS")
+    steps = _Steps(request)
+    steps.step()
+    steps.step()
+    process = _held("VmHWM") - before
+    kept, tracked = _tracked(steps)
+    del steps.model, steps.optimizer
+    measured = MeasuredStep(activations=kept, peak=_allocated(steps), peak_tracked=tracked, process=process)
+    json.dump(asdict(measured), sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

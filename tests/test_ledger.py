@@ -1,0 +1,191 @@
+"""The ledger beyond FLOPs: rows touched, memory, roofline, ranks; and the gate that nothing passes uncounted."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import REPO, memforge
+from torch import Tensor
+
+from memforge.blocks.base import OpCost, RowReads, Traffic, matmul_cost
+from memforge.blocks.ffn.module import Ffn
+from memforge.cost import estimate
+from memforge.cost.access import distinct_uniform, distinct_zipf
+from memforge.cost.devices import DEVICES, Device
+from memforge.cost.mesh import Mesh, parse_mesh, per_rank
+from memforge.cost.roofline import roofline
+from memforge.errors import CheckFailedError, UsageError
+from memforge.plan import Plan, make_plan
+from memforge.profile.counter import require_exact
+from memforge.profile.measure import measure_step
+from memforge.spec import load_spec
+
+DEMO = REPO / "specs" / "demo"
+
+
+def demo(name: str, *overrides: str) -> Plan:
+    return make_plan(load_spec(DEMO / f"{name}.toml", overrides=overrides))
+
+
+@pytest.mark.parametrize("name", ["dense", "memory", "moe"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_peak_of_a_step_is_predicted_within_a_tenth(name: str, checkpointed: bool) -> None:
+    plan = demo(name)
+    predicted = estimate(plan.model, batch=32).memory
+    measured = measure_step(plan, 32, 64, checkpoint_layers=checkpointed)
+    if checkpointed:
+        assert measured.activations == predicted.activations_checkpointed
+        peak = predicted.peak_checkpointed
+    else:
+        assert measured.activations == predicted.activations
+        peak = predicted.peak
+    assert measured.peak == pytest.approx(peak, rel=0.1)
+    assert measured.peak_tracked == pytest.approx(peak, rel=0.1)
+    assert measured.process > measured.peak / 2
+
+
+def test_the_gradient_of_a_large_pool_makes_the_peak() -> None:
+    """Three readers of one pool: the second and third gradient stand beside the sum of those before."""
+    plan = demo("memory", "pool.facts.num_sub_keys=300")
+    predicted = estimate(plan.model, batch=2, seq_len=8).memory
+    assert predicted.peak_in.startswith("backward of layer")
+    pool = 4 * 300**2 * 128
+    assert predicted.peak > 3 * pool + 2 * pool
+    assert measure_step(plan, 2, 8).peak == pytest.approx(predicted.peak, rel=0.1)
+
+
+def simulated(weights: list[float], reads: list[RowReads], tokens: int, trials: int) -> float:
+    r, total = random.Random(0), 0
+    for _ in range(trials):
+        seen = set()
+        for read in reads:
+            for _ in range(tokens * read.draws):
+                uniform = len(set(weights)) == 1
+                rows = (
+                    r.sample(range(len(weights)), read.rows)
+                    if uniform
+                    else r.choices(range(len(weights)), weights, k=read.rows)
+                )
+                seen.update(rows)
+        total += len(seen)
+    return total / trials
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 60])
+def test_rows_touched_are_those_of_a_simulation(tokens: int) -> None:
+    reads = [RowReads(draws=2, rows=5), RowReads(draws=1, rows=3)]
+    uniform = simulated([1.0] * 300, reads, tokens, 200)
+    assert distinct_uniform(reads, tokens, 300) == pytest.approx(uniform, rel=0.02, abs=1)
+    zipf = simulated([1 / i for i in range(1, 301)], reads, tokens, 200)
+    assert distinct_zipf(reads, tokens, 300) == pytest.approx(zipf, rel=0.03, abs=1)
+
+
+def test_zipf_in_buckets_is_the_sum_over_all_ranks() -> None:
+    rows, reads = 200_000, [RowReads(draws=4, rows=32)]
+    harmonic = sum(1 / i for i in range(1, rows + 1))
+    exact = sum(1 - (1 - 1 / (i * harmonic)) ** (128 * 500) for i in range(1, rows + 1))
+    assert distinct_zipf(reads, 500, rows) == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("expected", [distinct_uniform, distinct_zipf])
+def test_rows_touched_at_the_edges(expected: Callable[..., int]) -> None:
+    assert expected([RowReads(draws=1, rows=1)], 5, 1) == 1
+    assert expected([RowReads(draws=1, rows=1)], 1, 2**32) == 1
+    assert expected([RowReads(draws=1, rows=4)], 10**6, 4) == 4
+    assert expected([RowReads(draws=256, rows=1024)], 10**9, 2**32) <= 2**32
+
+
+def test_a_roofline_is_the_slower_of_computing_and_moving() -> None:
+    device = Device("toy", "bfloat16", 1000, 100, 10**6, "")
+    # 2*8*4*4 = 256 FLOPs; 16 weights and 64 activations of two bytes.
+    moving = matmul_cost("w", 8, 4, 4)
+    line = roofline([("ffn", moving)], 10, 5, device)
+    assert line.forward == pytest.approx(max(256 / 1000, (16 + 64) * 2 / 100))
+    assert line.backward == pytest.approx(max(512 / 1000, (32 + 128) * 2 / 100))
+    assert (line.update, line.update_rows) == (pytest.approx(10 * 28 / 100), pytest.approx(5 * 28 / 100))
+    assert line.memory_bound == 1
+    computing = OpCost("w", 10**6, 10**6, traffic=Traffic(1, 1, 1, 1, dtype="float32"))
+    line = roofline([("a", moving), ("b", computing)], 10, 5, device)
+    assert line.by_kind == {"a": pytest.approx(4.8), "b": pytest.approx(2000)}
+    assert line.memory_bound == pytest.approx(4.8 / 2004.8)
+
+
+def test_bytes_of_a_dense_matmul_and_of_a_gather() -> None:
+    plan = demo("memory").model
+    costs = {row.cost.op: row.cost for row in estimate(plan, batch=1, seq_len=4).rows if row.path == "layers.1.memory"}
+    assert costs["w1"].traffic == Traffic(128 * 128, 4 * 256, 2 * 128 * 128, 2 * 4 * 256)
+    # 4 tokens x 4 heads x 32 rows of 128, each with a slot of two elements and a weight.
+    reads = 4 * 128
+    assert costs["weighted_gather"].traffic.weights == reads * 128
+    assert costs["weighted_gather"].traffic.activations == 4 * 128 + 3 * reads
+    assert costs["weighted_gather"].traffic.backward_weights == 2 * reads * 128
+
+
+def test_named_devices_have_dense_rates() -> None:
+    assert set(DEVICES) == {"H100", "H200", "B200", "A100", "MI300X", "RTX4090"}
+    assert all(device.source for device in DEVICES.values())
+
+
+def test_ranks_hold_rows_of_the_dense_part_and_columns_of_pools() -> None:
+    plan = demo("memory").model
+    whole = per_rank(plan, Mesh())
+    assert whole["params_per_rank"] == sum(row.numel for row in plan.params)
+    assert whole["optimizer_bytes_per_rank"] == 8 * whole["params_per_rank"]
+    split = per_rank(plan, Mesh(dp_replicate=3, dp_shard=2, memory=4))
+    assert split["ranks"] == 24
+    assert split["pool_params_per_rank"] == 96 * 96 * 128 // 4
+    rows = [(row.shape[0], row.numel // row.shape[0]) for row in plan.params if row.group == "dense"]
+    assert split["dense_params_per_rank"] == sum(-(-n // 8) * width for n, width in rows)
+    with pytest.raises(UsageError, match=r"memory=5 does not divide the 128 columns of pool\.facts\.values"):
+        per_rank(plan, Mesh(memory=5))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "8", "dp=8", "memory", "memory=0", "memory=x", "memory=2,memory=2", "memory=1048577", "dp_shard=2;memory=2"],
+)
+def test_meshes_that_mean_nothing_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--mesh"):
+        parse_mesh(text)
+    assert parse_mesh(" dp_shard = 2 , memory=4") == Mesh(dp_shard=2, memory=4)
+
+
+def test_an_op_that_nobody_counts_fails_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Ffn.forward
+
+    def with_distances(self: Ffn, x: Tensor, pools: object) -> tuple[Tensor, dict[str, Tensor]]:
+        y, losses = forward(self, x, pools)  # type: ignore[arg-type]
+        return y + torch.cdist(x, x).mean(), losses
+
+    monkeypatch.setattr(Ffn, "forward", with_distances)
+    with pytest.raises(
+        CheckFailedError,
+        match=r"neither counted nor declared free: .*aten\._euclidean_dist \(first in layers\.0\.ffn\)",
+    ):
+        require_exact(demo("dense").model)
+
+
+def test_element_wise_ops_of_a_block_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Ffn.forward
+
+    def with_tanh(self: Ffn, x: Tensor, pools: object) -> tuple[Tensor, dict[str, Tensor]]:
+        y, losses = forward(self, x, pools)  # type: ignore[arg-type]
+        return torch.tanh(y).cumsum(-1), losses
+
+    monkeypatch.setattr(Ffn, "forward", with_tanh)
+    assert require_exact(demo("dense").model)["equal"]
+
+
+def test_a_step_beyond_the_machine_is_not_measured() -> None:
+    done = memforge("profile", REPO / "specs" / "paper" / "memory-plus-1.3b-64m.toml", "--measure")
+    assert done.returncode == 3
+    assert "takes 2," in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--device", "H1000"], ["--mesh", "dp=2"], ["--mesh", "memory=5"]])
+def test_unknown_devices_and_meshes_are_refused_with_the_known_ones(arguments: list[str]) -> None:
+    done = memforge("profile", DEMO / "memory.toml", *arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert any(known in done.stderr for known in ("MI300X", "dp_shard", "does not divide"))
