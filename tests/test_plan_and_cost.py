@@ -61,6 +61,10 @@ def test_parts_sum_to_totals(path: Path) -> None:
     total = pytest.approx(flops["total"], rel=1e-14)
     assert sum(flops["by_kind"].values()) == total
     assert flops["forward"] + flops["backward"] == total
+    memory = cost["memory"]
+    for what in ("weights", "gradients", "optimizer", "activations"):
+        assert sum(kind[what] for kind in memory["by_kind"].values()) == memory[what]
+    assert sum(cost["bytes_per_token"]["read_by_kind"].values()) == cost["bytes_per_token"]["read"]
     layers = sum(layer["flops_per_token"]["total"] for layer in cost["layers"])
     assert layers + flops["by_kind"]["head"] == total
     for layer in cost["layers"]:

@@ -105,7 +105,13 @@ class CostReport:
                 "by_kind": {k: self._total(rows) for k, rows in rows_of.items()},
                 "executed": self._flops_dict(self.rows, executed=True),
             },
-            "bytes_per_token": {"read": axes["bytes"], "written": UPDATE_WRITTEN * int(axes["active_params"])},
+            "bytes_per_token": {
+                "read": axes["bytes"],
+                "written": UPDATE_WRITTEN * int(axes["active_params"]),
+                "read_by_kind": {
+                    kind: sum(r.active * BYTES_PER_ELEMENT[r.dtype] for r in rows) for kind, rows in kinds.items()
+                },
+            },
             "bytes_per_batch": self._traffic(),
             "memory": self.memory.as_dict(),
             "roofline": [line.as_dict() for line in self.roofline],

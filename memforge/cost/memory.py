@@ -33,60 +33,76 @@ class StepMemory:
     peak_checkpointed_in: str
     checkpoint: int
     checkpoint_resumable: int
+    by_kind: dict[str, dict[str, int]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def layer_saved(layer: LayerPlan, dim: int, batch: int, seq_len: int) -> tuple[Saved, ...]:
-    """What autograd keeps of one layer; its two norms and the inputs of mixer and blocks belong to it."""
-    n, t = batch * seq_len, seq_len
-    blocks = (saved for block in layer.blocks for saved in block.saved(batch, t))
-    return (
-        *norm_saved("mixer_norm", n, dim),
-        Saved("mixer input", n * dim),
-        *layer.mixer.saved(batch, t),
-        *norm_saved("block_norm", n, dim),
-        Saved("block input", n * dim),
-        *blocks,
-    )
+def layer_saved(layer: LayerPlan, dim: int, batch: int, seq_len: int) -> Iterator[tuple[str, Saved]]:
+    """What autograd keeps of one layer, each with its kind. The input of mixer and blocks is the output of a norm."""
+    rows = batch * seq_len
+    for what, parts in (("mixer", (layer.mixer,)), ("block", layer.blocks)):
+        for saved in (*norm_saved(f"{what}_norm", rows, dim), Saved(f"{what} input", rows * dim)):
+            yield "norm", saved
+        for part in parts:
+            for saved in part.saved(batch, seq_len):
+                yield part.kind, saved
 
 
-def frame_saved(plan: ModelPlan, batch: int, seq_len: int) -> tuple[Saved, ...]:
+def frame_saved(plan: ModelPlan, batch: int, seq_len: int) -> Iterator[tuple[str, Saved]]:
     """What autograd keeps outside the layers: the tokens, the last norm, and the loss."""
     n = batch * seq_len
-    return (
-        Saved("window", batch * (seq_len + 1), "int64"),
-        *norm_saved("norm", n, plan.dim),
-        Saved("head input", n * plan.dim),
-        Saved("log_probabilities", n * plan.vocab_size),
-        # Where the targets are evenly spaced in the window they are a view of it.
-        Saved("targets", n if batch > 1 and seq_len > 1 else 0, "int64"),
-        Saved("loss_weight", 1),
-    )
+    yield "embedding", Saved("window", batch * (seq_len + 1), "int64")
+    for saved in (*norm_saved("norm", n, plan.dim), Saved("head input", n * plan.dim)):
+        yield "norm", saved
+    yield "head", Saved("log_probabilities", n * plan.vocab_size)
+    # Where the targets are evenly spaced in the window they are a view of it.
+    yield "head", Saved("targets", n if batch > 1 and seq_len > 1 else 0, "int64")
+    yield "head", Saved("loss_weight", 1)
 
 
 def step_memory(plan: ModelPlan, batch: int, seq_len: int) -> StepMemory:
-    weights = plan.weight_bytes()
-    optimizer = STATE_BYTES_PER_PARAM * sum(row.numel for row in plan.params)
-    frame = sum(saved.bytes for saved in frame_saved(plan, batch, seq_len))
-    layers = [sum(s.bytes for s in layer_saved(layer, plan.dim, batch, seq_len)) for layer in plan.layers]
+    weights, num_params = plan.weight_bytes(), sum(row.numel for row in plan.params)
+    optimizer = STATE_BYTES_PER_PARAM * num_params
+    frame = list(frame_saved(plan, batch, seq_len))
+    layers = [list(layer_saved(layer, plan.dim, batch, seq_len)) for layer in plan.layers]
+    sizes, outside = [_bytes(layer) for layer in layers], _bytes(frame)
     inputs = FP32 * batch * seq_len * plan.dim * plan.num_layers
-    peak, phase = max(_timeline(plan, batch, seq_len, layers, frame, checkpointed=False))
-    peak_checkpointed, phase_checkpointed = max(_timeline(plan, batch, seq_len, layers, frame, checkpointed=True))
+    peak, phase = max(_timeline(plan, batch, seq_len, sizes, outside, checkpointed=False))
+    peak_checkpointed, phase_checkpointed = max(_timeline(plan, batch, seq_len, sizes, outside, checkpointed=True))
     return StepMemory(
         weights=weights,
         gradients=weights,
         optimizer=optimizer,
-        activations=frame + sum(layers),
-        activations_checkpointed=frame + inputs,
+        activations=outside + sum(sizes),
+        activations_checkpointed=outside + inputs,
         peak=weights + optimizer + peak,
         peak_in=phase,
         peak_checkpointed=weights + optimizer + peak_checkpointed,
         peak_checkpointed_in=phase_checkpointed,
         checkpoint=weights,
         checkpoint_resumable=weights + optimizer,
+        by_kind=_by_kind(plan, [*frame, *(pair for layer in layers for pair in layer)]),
     )
+
+
+def _bytes(saved: list[tuple[str, Saved]]) -> int:
+    return sum(tensor.bytes for _, tensor in saved)
+
+
+def _by_kind(plan: ModelPlan, saved: list[tuple[str, Saved]]) -> dict[str, dict[str, int]]:
+    """Bytes of weights, gradients, optimizer state and activations of each kind."""
+    nothing = dict.fromkeys(("weights", "gradients", "optimizer", "activations"), 0)
+    kinds: dict[str, dict[str, int]] = defaultdict(nothing.copy)
+    for row in plan.params:
+        size = row.numel * BYTES_PER_ELEMENT[row.dtype]
+        kinds[row.kind]["weights"] += size
+        kinds[row.kind]["gradients"] += size
+        kinds[row.kind]["optimizer"] += STATE_BYTES_PER_PARAM * row.numel
+    for kind, tensor in saved:
+        kinds[kind]["activations"] += tensor.bytes
+    return dict(kinds)
 
 
 def _timeline(
