@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from memforge import __version__
-from memforge.cli import model, runs, specs
+from memforge.cli import build, profile, runs, specs
 from memforge.errors import InterruptedRunError, MemforgeError, SpecError, Stopped, printable
 from memforge.report.console import forget_stdout, plain, print_json
 from memforge.report.diagnostics import show
@@ -98,6 +98,6 @@ def _options(
     pass
 
 
-for _module in (specs, model, runs):
+for _module in (specs, build, profile, runs):
     for _name, _command in _module.COMMANDS.items():
         app.command(_name)(_command)

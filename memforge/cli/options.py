@@ -32,6 +32,12 @@ Device = Annotated[
     typer.Option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; cuda where there is one."),
 ]
 
+MeshOption = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="AXIS=N,..", help="What a rank holds; axes dp_replicate, dp_shard, memory."),
+]
+NoParity = Annotated[bool, typer.Option("--no-parity", help="Go on although the [parity] claim fails.")]
+
 
 def load(
     path: Path,

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.model import NoParity
-from memforge.cli.options import DataRoot, Device, Json, Set, SpecPath, SpecRoot, load, torch_device
+from memforge.cli.options import DataRoot, Device, Json, NoParity, Set, SpecPath, SpecRoot, load, torch_device
 from memforge.errors import UsageError, is_text, printable
 from memforge.report.console import console, plain, print_json
 

@@ -30,9 +30,9 @@ ATEN = {"model.aten.pt2": False}
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of an export: those a seed gives, or the newest checkpoint of a run."""
+    """The weights of an export: the newest checkpoint of a run, or what a seed gives (by default train.seed)."""
 
-    seed: int = 0
+    seed: int | None = None
     run: Path | None = None
 
 
@@ -86,7 +86,8 @@ def write_build(plan: Plan, out: Path, *, aten: Weights | None = None) -> dict[s
 def _emit_aten(plan: Plan, directory: Path, weights: Weights) -> dict[str, Any]:
     """Write model.aten.pt2 and say where its weights come from and how far its logits are from the model's."""
     if weights.run is None:
-        model, origin = build_model(plan.model, seed=weights.seed), f"seed {weights.seed}"
+        given = plan.run.train.seed if weights.seed is None and plan.run.train is not None else weights.seed or 0
+        model, origin = build_model(plan.model, seed=given), f"seed {given}"
     else:
         trained, model, _, checkpoint = open_run(weights.run, "cpu")
         if trained.model.model_hash != plan.model.model_hash:

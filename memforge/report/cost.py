@@ -5,7 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
+from memforge import __version__
 from memforge.cost import CONVENTIONS, EXCLUDED
+from memforge.parity import Parity
+from memforge.report.console import console, plain
 
 _PREFIXES = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
@@ -175,3 +178,20 @@ def mesh_table(mesh: dict[str, Any]) -> Table:
 
 def conventions() -> list[str]:
     return [*CONVENTIONS, f"excluded: {', '.join(EXCLUDED)}"]
+
+
+def show_tables(tables: Iterable[Table], cost: dict[str, Any]) -> None:
+    """Tables with a blank line between them, then what every report must say about the model."""
+    page = console()
+    for i, table in enumerate(tables):
+        if i:
+            page.print()
+        page.print(table)
+    for caveat in cost["caveats"]:
+        plain(f"\nnote: {caveat}")
+
+
+def cost_record(name: str, cost: dict[str, Any], parity: Parity | None) -> dict[str, Any]:
+    """The ledger and the verdict as one JSON document."""
+    head = {"memforge": __version__, "name": name}
+    return {**head, **cost, "parity": None if parity is None else parity.as_dict()}

@@ -1,123 +1,13 @@
-"""Commands on the architecture: build and profile."""
+"""memforge profile."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.options import Json, Set, SpecPath, SpecRoot, load
+from memforge.cli.options import Json, MeshOption, Set, SpecPath, SpecRoot, load
 from memforge.errors import UsageError, printable
-from memforge.report.console import console, plain, print_json
-
-MeshOption = Annotated[
-    str | None,
-    typer.Option("--mesh", metavar="AXIS=N,..", help="What a rank holds; axes dp_replicate, dp_shard, memory."),
-]
-NoParity = Annotated[bool, typer.Option("--no-parity", help="Go on although the [parity] claim fails.")]
-
-
-def build(
-    spec: SpecPath,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: build/NAME.")] = None,
-    set_: Set = None,
-    spec_root: SpecRoot = None,
-    no_parity: NoParity = False,
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Stop before torch: plan and ledger, nothing written.")
-    ] = False,
-    mesh: MeshOption = None,
-    emit: Annotated[
-        str | None,
-        typer.Option("--emit", metavar="aten", help="Also write a .pt2 with weights that runs with torch alone."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", metavar="RUN", help="Of --emit: the newest checkpoint of a run.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Of --emit: initial weights; default: train.seed, or 0.")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Validate, plan, prove the budget, export the graph; write the build directory."""
-    from memforge.cost import estimate
-    from memforge.cost.mesh import parse_mesh
-    from memforge.parity import claimed, require
-    from memforge.plan import make_plan
-
-    if emit not in (None, "aten"):
-        raise UsageError(f"--emit {printable(emit)}: the one form is aten")
-    if emit is None and (weights is not None or seed is not None):
-        raise UsageError("--weights and --seed say what --emit aten writes")
-    if weights is not None and seed is not None:
-        raise UsageError("--weights and --seed: give one of them")
-    plan = make_plan(load(spec, set_, spec_root))
-    cost = estimate(plan.model, mesh=None if mesh is None else parse_mesh(mesh)).as_dict()
-    parity = claimed(plan)
-    if not no_parity:
-        require(parity)
-    if plan_only:
-        if json_:
-            print_json(_record(plan, cost, parity))
-        else:
-            _print_build(plan, cost, parity)
-        return
-    target = out or Path("build") / plan.name
-    with console(stderr=True).status("building on meta and exporting the graph"):
-        from memforge.export.directory import Weights, write_build
-
-        first = plan.run.train.seed if seed is None and plan.run.train is not None else seed or 0
-        manifest = write_build(plan, target, aten=Weights(seed=first, run=weights) if emit else None)
-    if json_:
-        print_json({"directory": str(target), **manifest})
-        return
-    _print_build(plan, cost, parity)
-    counted = manifest["counter"]
-    plain(
-        f"\nledger = built model: {cost['params']['total']:,} parameters; "
-        f"{counted['forward']:,} + {counted['backward']:,} FLOPs executed on {counted['batch']} x "
-        f"{counted['seq_len']} tokens, as counted by torch"
-    )
-    if manifest["aten"] is not None:
-        plain(
-            f"model.aten.pt2 = the model with the weights of {manifest['aten']['weights']}; logits differ by at most "
-            f"{manifest['aten']['largest_logit_difference']:.3g}"
-        )
-    plain(f"wrote {target}/: {', '.join([*manifest['files'], 'manifest.json'])}")
-
-
-def _print_build(plan: Any, cost: dict[str, Any], parity: Any) -> None:
-    from memforge.report.cost import kind_table, mesh_table, parity_table
-
-    page = console()
-    page.print(f"{plan.name}  {plan.model.num_layers} layers  seq_len {plan.model.max_seq_len}\n", soft_wrap=True)
-    tables = [kind_table(cost)]
-    if cost["mesh"] is not None:
-        tables.append(mesh_table(cost["mesh"]))
-    if parity is not None:
-        tables.append(parity_table(parity.as_dict()))
-    _print_tables(tables, cost)
-
-
-def _print_tables(tables: list[Any], cost: dict[str, Any]) -> None:
-    """Tables with a blank line between them, then what every report must say about the model."""
-    page = console()
-    for i, table in enumerate(tables):
-        if i:
-            page.print()
-        page.print(table)
-    for caveat in cost["caveats"]:
-        plain(f"\nnote: {caveat}")
-
-
-def _record(plan: Any, cost: dict[str, Any], parity: Any) -> dict[str, Any]:
-    from memforge import __version__
-
-    return {
-        "memforge": __version__,
-        "name": plan.name,
-        **cost,
-        "parity": None if parity is None else parity.as_dict(),
-    }
+from memforge.report.console import console, print_json
 
 
 def profile(
@@ -149,6 +39,7 @@ def profile(
     from memforge.cost.mesh import parse_mesh
     from memforge.parity import claimed, compare, require
     from memforge.plan import make_plan
+    from memforge.report import cost as tables
     from memforge.spec.schema import DEFAULT_TOLERANCE
 
     if tolerance and against is None:
@@ -172,7 +63,7 @@ def profile(
     measured = _measured(plan, report) if measure else None
     cost = report.as_dict()
     if json_:
-        print_json({**_record(plan, cost, parity), **({"measured": measured} if measured else {})})
+        print_json(tables.cost_record(plan.name, cost, parity) | {"measured": measured})
     else:
         _print_profile(plan.name, cost, parity.as_dict() if parity else None, measured)
     if against is not None:
@@ -256,10 +147,10 @@ def _print_profile(
         shown.append(tables.mesh_table(cost["mesh"]))
     if parity is not None:
         shown.append(tables.parity_table(parity))
-    _print_tables(shown, cost)
+    tables.show_tables(shown, cost)
     page.print()
     for line in tables.conventions():
         page.print(line, style="dim", soft_wrap=True)
 
 
-COMMANDS = {"build": build, "profile": profile}
+COMMANDS = {"profile": profile}
