@@ -1,5 +1,6 @@
 """Write specs/paper/README.md: every model of the paper as the ledger counts it, beside what was published."""
 
+from functools import cache
 from pathlib import Path
 
 from memforge.cost import CostReport, estimate
@@ -8,15 +9,16 @@ from memforge.spec import load_spec
 
 PAPER = Path(__file__).resolve().parent.parent / "specs" / "paper"
 SIZES = ("134m", "373m", "720m", "1.3b", "8b")
+KINDS = ("dense", "moe", "peer", "memory", "memory-plus")
 
-# Totals as printed in arXiv 2412.09764: table 1 in billions with three decimals, the dense 373M from the authors'
-# released configuration; the other dense ones follow from the published shapes (720m: a guess at the shape).
-PUBLISHED: dict[str, tuple[str, str]] = {
-    "dense-134m": ("134.1M", "shape"),
-    "dense-373m": ("373.9M", "configuration"),
-    "dense-720m": ("721.2M", "shape, guessed"),
-    "dense-1.3b": ("1261.5M", "shape"),
-    "dense-8b": ("8.03B", "shape"),
+# Totals known from elsewhere, at their precision, and where from: printed in table 1 of arXiv 2412.09764, computed by
+# hand from a published shape, or from the authors' released configuration.
+KNOWN: dict[str, tuple[str, str]] = {
+    "dense-134m": ("134.1M", "by hand"),
+    "dense-373m": ("373.9M", "released"),
+    "dense-720m": ("721.2M", "by hand, shape guessed"),
+    "dense-1.3b": ("1261.5M", "by hand"),
+    "dense-8b": ("8.03B", "by hand"),
     "moe-1.3b": ("3.545B", "table 1"),
     "peer-1.3b": ("3.646B", "table 1"),
     "memory-1.3b": ("3.377B", "table 1"),
@@ -31,7 +33,7 @@ DISAGREES = {
     "memory-plus-1.3b": "arithmetic gives 3.368; the paper seems to repeat the row above it",
     "moe-1.3b": "3.5455 with the routers, which rounds to 3.546; without their 180,224 weights it is 3.545",
 }
-# Width, FFN width and sub-keys of the layers whose FLOPs the second table compares.
+# Size and sub-keys of the layers whose FLOPs the second table compares.
 LAYERS = (("373m", 1024), ("1.3b", 1024), ("1.3b", 4096), ("1.3b", 8192))
 
 PAGE = """\
@@ -48,8 +50,8 @@ This page is written by `python benchmarks/paper.py`, and a test fails when it i
 and backward, at 4,096 tokens, counted as the ledger's conventions say; `ratio` is that to the dense model of the size.
 
 {models}
-Published totals: table 1 of the paper, the authors' 373M configuration, and arithmetic on published shapes (720m: a
-guess at the shape), compared at the precision printed there. Where they differ:
+Known totals are compared at the precision they are printed in: those of table 1 of the paper, that of the authors'
+released 373M configuration, and those worked out by hand from the shape (of 720m a guess). Where they differ:
 
 {differences}
 Six layers of the ablation (`memory-373m-layers-six`) are not listed in the paper; those here are a guess.
@@ -57,7 +59,7 @@ Six layers of the ablation (`memory-373m-layers-six`) are not listed in the pape
 ## What a memory layer costs beside the FFN it replaces
 
 Forward matmul MFLOP per token (4 heads, 32 slots each, keys half as wide as the model). Key scoring grows with the
-square root of the slots, so a layer stops being cheaper than its FFN between 2**24 and 2**26 slots.
+square root of the slots, so that a layer with enough of them costs more than its FFN.
 
 {layers}
 A counter that charges 6 FLOPs for every parameter would add {naive:.2f} GFLOP per token for the pool of
@@ -65,30 +67,30 @@ memory-plus-373m, whose whole step takes {step:.2f}.
 """
 
 
+@cache
 def report_of(name: str) -> tuple[ModelPlan, CostReport]:
     plan = make_plan(load_spec(PAPER / f"{name}.toml")).model
     return plan, estimate(plan)
 
 
-def as_printed(total: int, published: str) -> str:
-    """`total` in the unit and with the decimals of the published figure."""
-    unit, digits = published[-1], len(published[:-1].partition(".")[2])
+def as_printed(total: int, known: str) -> str:
+    """`total` in the unit and with the decimals of the known figure."""
+    unit, digits = known[-1], len(known[:-1].partition(".")[2])
     return f"{total / {'M': 10**6, 'B': 10**9}[unit]:.{digits}f}{unit}"
 
 
 def size_of(name: str) -> str:
-    return next(size for size in reversed(SIZES) if f"-{size}" in name)
+    return next(size for size in SIZES if f"-{size}" in name)
 
 
 def names() -> list[str]:
-    """Every spec: by size; dense first, then by parameters, then the ablations."""
+    """Every spec: by size; dense first, ablations last, otherwise by parameters."""
 
-    def order(name: str) -> tuple[int, bool, bool, int | float, str]:
-        size = size_of(name)
-        params = report_of(name)[1].axes()["params"]
-        return SIZES.index(size), f"-{size}-" in name and size == "373m", not name.startswith("dense"), params, name
+    def order(name: str) -> tuple[int, bool, bool, int | float]:
+        ablation = name not in {f"{kind}-{size_of(name)}" for kind in KINDS} and name not in KNOWN
+        return SIZES.index(size_of(name)), ablation, not name.startswith("dense"), report_of(name)[1].axes()["params"]
 
-    return sorted((file.stem for file in PAPER.glob("*.toml")), key=order)
+    return sorted(sorted(file.stem for file in PAPER.glob("*.toml")), key=order)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -98,16 +100,18 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def model_rows() -> list[tuple[str, ...]]:
-    rows = [("model", "parameters", "published", "active", "FLOPs/token", "ratio")]
+    rows = [("model", "parameters", "known", "from", "equal", "active", "FLOPs/token", "ratio")]
     for name in names():
         axes, base = report_of(name)[1].axes(), report_of(f"dense-{size_of(name)}")[1].axes()
-        published = PUBLISHED.get(name, ("",))[0]
-        mark = "" if not published else " differs" if name in DISAGREES else " equal"
+        known, source = KNOWN.get(name, ("", ""))
+        equal = "" if not known else "no" if name in DISAGREES else "yes"
         rows.append(
             (
                 f"[{name}]({name}.toml)",
                 f"{axes['params']:,}",
-                published + mark,
+                known,
+                source,
+                equal,
                 f"{axes['active_params']:,}",
                 f"{axes['flops'] / 10**9:.3f}G",
                 f"{axes['flops'] / base['flops']:.3f}",

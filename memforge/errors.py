@@ -40,8 +40,8 @@ class Position:
 class Problem:
     """Something a check found wrong, by key path.
 
-    `related` and, in the same table, `siblings` name the other ends of a conflict, which are shown where they stand;
-    `depends` names what else the check read. If any of these is wrong itself, that is said instead.
+    `related` and, by their dotted keys in the same table, `siblings` name the other ends of a conflict, which are shown
+    where they stand; `depends` names what else the check read. If any of these is wrong itself, that is said instead.
     """
 
     key: KeyPath

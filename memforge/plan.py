@@ -57,6 +57,11 @@ class LayerPlan(PlanModel):
     mixer: Mixer
     blocks: tuple[Block, ...]
 
+    @property
+    def parts(self) -> tuple[KindPlan, ...]:
+        """Mixer and blocks in the order they run."""
+        return (self.mixer, *self.blocks)
+
 
 class ModelPlan(PlanModel):
     """The architecture, with every parameter it will have."""
@@ -93,8 +98,7 @@ class ModelPlan(PlanModel):
     def sublayers(self) -> Iterator[KindPlan]:
         """Mixers and blocks in the order they run."""
         for layer in self.layers:
-            yield layer.mixer
-            yield from layer.blocks
+            yield from layer.parts
 
 
 class TrainPlan(TrainSpec):

@@ -15,7 +15,7 @@ from memforge.cost import estimate
 from memforge.nn.decoder import next_token_loss
 from memforge.plan import ModelPlan, make_plan
 from memforge.profile.counter import count_flops, require_exact
-from memforge.profile.live import LiveStorage
+from memforge.profile.live import kept_bytes
 from memforge.spec.schema import Spec
 
 CASES = [(kind, i) for kind in registry().values() for i in range(len(kind.examples))]
@@ -67,12 +67,10 @@ def test_kept_activations_are_those_of_the_ledger(
     plan = plan_with(kind, i)
     model = build_model(plan).train()
     model.checkpoint_layers = checkpointed
-    with LiveStorage(model.parameters()) as live:
-        before = live.bytes
-        loss, extra = next_token_loss(model, torch.zeros(batch, seq_len + 1, dtype=torch.int64))
-        kept = live.bytes - before - sum(t.untyped_storage().nbytes() for t in (loss, *extra.values()))
     memory = estimate(plan, batch=batch, seq_len=seq_len).memory
-    assert kept == (memory.activations_checkpointed if checkpointed else memory.activations)
+    assert kept_bytes(model, batch, seq_len) == (
+        memory.activations_checkpointed if checkpointed else memory.activations
+    )
 
 
 @each_example

@@ -12,7 +12,7 @@ from memforge.blocks.base import OpCost, RowReads, Traffic, matmul_cost
 from memforge.blocks.ffn.module import Ffn
 from memforge.cost import estimate
 from memforge.cost.access import distinct_uniform, distinct_zipf
-from memforge.cost.devices import DEVICES, Device
+from memforge.cost.devices import Device
 from memforge.cost.mesh import Mesh, parse_mesh, per_rank
 from memforge.cost.roofline import roofline
 from memforge.errors import CheckFailedError, UsageError
@@ -53,6 +53,20 @@ def test_the_gradient_of_a_large_pool_makes_the_peak() -> None:
     pool = 4 * 300**2 * 128
     assert predicted.peak > 3 * pool + 2 * pool
     assert measure_step(plan, 2, 8).peak == pytest.approx(predicted.peak, rel=0.1)
+
+
+def test_a_tied_embedding_has_three_gradients_at_once() -> None:
+    plan = demo("dense", "model.tie_embeddings=true", "model.vocab_size=50000")
+    predicted = estimate(plan.model, batch=1, seq_len=8).memory
+    assert predicted.peak_in == "backward of the embedding"
+    assert measure_step(plan, 1, 8).peak == pytest.approx(predicted.peak, rel=0.1)
+
+
+def test_wide_models_on_few_tokens_are_not_underestimated() -> None:
+    plan = demo("memory", "model.dim=512", "ffn.hidden_dim=1408", "place.0.block.key_dim=256")
+    predicted, measured = estimate(plan.model, batch=4, seq_len=64).memory, measure_step(plan, 4, 64)
+    assert measured.activations == predicted.activations
+    assert 0.85 * predicted.peak <= measured.peak <= 1.05 * predicted.peak
 
 
 def simulated(weights: list[float], reads: list[RowReads], tokens: int, trials: int) -> float:
@@ -115,16 +129,14 @@ def test_bytes_of_a_dense_matmul_and_of_a_gather() -> None:
     plan = demo("memory").model
     costs = {row.cost.op: row.cost for row in estimate(plan, batch=1, seq_len=4).rows if row.path == "layers.1.memory"}
     assert costs["w1"].traffic == Traffic(128 * 128, 4 * 256, 2 * 128 * 128, 2 * 4 * 256)
-    # 4 tokens x 4 heads x 32 rows of 128, each with a slot of two elements and a weight.
+    # 4 tokens x 4 heads x 32 rows of 128, each with a slot of two elements and a weight; every row moves once.
     reads = 4 * 128
-    assert costs["weighted_gather"].traffic.weights == reads * 128
-    assert costs["weighted_gather"].traffic.activations == 4 * 128 + 3 * reads
-    assert costs["weighted_gather"].traffic.backward_weights == 2 * reads * 128
-
-
-def test_named_devices_have_dense_rates() -> None:
-    assert set(DEVICES) == {"H100", "H200", "B200", "A100", "MI300X", "RTX4090"}
-    assert all(device.source for device in DEVICES.values())
+    moved = Traffic(reads * 128, 4 * 128 + 3 * reads, 2 * reads * 128, 2 * 4 * 128 + 3 * reads, dtype="float32")
+    assert costs["weighted_gather"].traffic == moved
+    many = {row.cost.op: row.cost for row in estimate(plan, batch=999).rows if row.path == "layers.1.memory"}
+    assert many["weighted_gather"].traffic.weights == 96 * 96 * 128
+    moe = {row.cost.op: row.cost for row in estimate(demo("moe").model, seq_len=3).rows if row.path == "layers.1.moe"}
+    assert moe["w1"].traffic.weights == 3 * 128 * 320
 
 
 def test_ranks_hold_rows_of_the_dense_part_and_columns_of_pools() -> None:
@@ -166,6 +178,31 @@ def test_an_op_that_nobody_counts_fails_the_build(monkeypatch: pytest.MonkeyPatc
         require_exact(demo("dense").model)
 
 
+def test_an_op_of_evaluation_alone_is_seen_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Ffn.forward
+
+    def with_distances(self: Ffn, x: Tensor, pools: object) -> tuple[Tensor, dict[str, Tensor]]:
+        y, losses = forward(self, x, pools)  # type: ignore[arg-type]
+        return (y if self.training else y + torch.cdist(x, x).mean()), losses
+
+    monkeypatch.setattr(Ffn, "forward", with_distances)
+    with pytest.raises(CheckFailedError, match="neither counted nor declared free"):
+        require_exact(demo("dense").model)
+
+
+def test_random_numbers_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that is run again for its backward pass must be the same layer."""
+    forward = Ffn.forward
+
+    def with_dropout(self: Ffn, x: Tensor, pools: object) -> tuple[Tensor, dict[str, Tensor]]:
+        y, losses = forward(self, x, pools)  # type: ignore[arg-type]
+        return torch.nn.functional.dropout(y, 0.1, self.training), losses
+
+    monkeypatch.setattr(Ffn, "forward", with_dropout)
+    with pytest.raises(CheckFailedError, match=r"dropout|bernoulli|rand"):
+        require_exact(demo("dense").model)
+
+
 def test_element_wise_ops_of_a_block_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Ffn.forward
 
@@ -174,7 +211,7 @@ def test_element_wise_ops_of_a_block_are_free(monkeypatch: pytest.MonkeyPatch) -
         return torch.tanh(y).cumsum(-1), losses
 
     monkeypatch.setattr(Ffn, "forward", with_tanh)
-    assert require_exact(demo("dense").model)["equal"]
+    require_exact(demo("dense").model)
 
 
 def test_a_step_beyond_the_machine_is_not_measured() -> None:

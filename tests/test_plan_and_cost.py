@@ -42,6 +42,7 @@ def test_a_shared_pool_is_counted_once(small: Path) -> None:
         "params": 64 * 32,
         "active_params": min(2 * 2 * 4, 64) * 32,
         "rows": 64,
+        "rows_per_token": 2 * 2 * 4,
         "rows_touched": {"uniform": 64, "zipf": 64},
         "layers": [0, 2],
         "readers": ["layers.0.memory", "layers.2.memory"],

@@ -16,6 +16,10 @@ from memforge_kernels.topk import topk_ties_low
 MAX_EXPERTS = 256
 
 
+class TooManyExpertsError(ValueError):
+    """Every expert is a node of the graph."""
+
+
 def product_key_topk(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """All k*k pairs of the two best-k lists, those that cannot win masked out: a graph holds no table of pairs."""
     n, h, q = query.shape
@@ -52,10 +56,12 @@ def gather_dot(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
 def grouped_linear(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """Every expert runs on every row, and each row takes the result of its own: e times the FLOPs of the op.
 
-    Raises: ValueError for more than MAX_EXPERTS matrices, each of which is a node of the graph.
+    Raises: TooManyExpertsError for more than MAX_EXPERTS matrices.
     """
     if weights.shape[0] > MAX_EXPERTS:
-        raise ValueError(f"a graph of plain torch ops holds at most {MAX_EXPERTS} experts, not {weights.shape[0]}")
+        raise TooManyExpertsError(
+            f"a graph of plain torch ops holds at most {MAX_EXPERTS} experts, not {weights.shape[0]}"
+        )
     expert = torch.searchsorted(offsets, torch.arange(x.shape[0], device=x.device), right=True).unsqueeze(1)
     out = x.new_zeros(x.shape[0], weights.shape[2])
     for e in range(weights.shape[0]):

@@ -18,7 +18,6 @@ from memforge.errors import KeyPath, Problem
 # long before anything is allocated.
 Dim = Annotated[int, Field(ge=1, le=2**17)]
 Count = Annotated[int, Field(ge=1, le=2**20)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 DType = Literal["float32", "bfloat16", "float16"]
 BYTES_PER_ELEMENT: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -129,9 +128,9 @@ class OpCost:
 def matmul_cost(op: str, n: int, in_dim: int, out_dim: int, *, num_matrices: int = 1) -> OpCost:
     """A linear map of n rows: forward 2*n*in*out, and as much again for each of its two gradients.
 
-    The rows may be shared out among `num_matrices`, all of which are then read.
+    The rows may be shared out among `num_matrices`, of which at most one for each row is read.
     """
-    forward, weights, rows = 2 * n * in_dim * out_dim, num_matrices * in_dim * out_dim, n * (in_dim + out_dim)
+    forward, weights, rows = 2 * n * in_dim * out_dim, min(num_matrices, n) * in_dim * out_dim, n * (in_dim + out_dim)
     # Backward reads the weights and writes their gradient; each of the two products reads or writes every row.
     return OpCost(op, forward, 2 * forward, traffic=Traffic(weights, rows, 2 * weights, 2 * rows))
 
@@ -139,15 +138,12 @@ def matmul_cost(op: str, n: int, in_dim: int, out_dim: int, *, num_matrices: int
 def rows_cost(op: str, n: int, rows: int, width: int, num_rows: int, dtype: DType) -> OpCost:
     """An op that reads `rows` rows of a table for each of n tokens: a weighted sum of them, or a product with each.
 
-    Forward moves the rows, a slot and a weight for each, and one vector per token. Backward reads row and vector again
-    for each of them and writes the gradient of every row once.
+    At least every row that is read moves once, as do a slot and a weight for each read and one vector per token;
+    backward reads rows and vectors again and writes the gradient of both.
     """
-    entries = n * rows
-    forward, pointers = 2 * entries * width, 3 * entries  # an int64 slot is two fp32 elements
-    written = min(entries, num_rows) * width
-    moved = Traffic(
-        entries * width, n * width + pointers, entries * width + written, entries * width + pointers, dtype=dtype
-    )
+    forward, pointers = 2 * n * rows * width, 3 * n * rows  # an int64 slot is two fp32 elements
+    table, vectors = min(n * rows, num_rows) * width, n * width
+    moved = Traffic(table, vectors + pointers, 2 * table, 2 * vectors + pointers, dtype=dtype)
     return OpCost(op, forward, 2 * forward, traffic=moved)
 
 

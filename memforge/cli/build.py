@@ -40,8 +40,11 @@ def build(
     from memforge.report.cost import cost_record
 
     _require_sense(emit, weights, seed)
+    if plan_only and (emit is not None or out is not None):
+        raise UsageError("--plan-only writes nothing: --out and --emit have no meaning with it")
+    ranks = None if mesh is None else parse_mesh(mesh)
     plan = make_plan(load(spec, set_, spec_root))
-    cost = estimate(plan.model, mesh=None if mesh is None else parse_mesh(mesh)).as_dict()
+    cost = estimate(plan.model, mesh=ranks).as_dict()
     parity = claimed(plan)
     if not no_parity:
         require(parity)
@@ -55,7 +58,7 @@ def build(
     with console(stderr=True).status("building on meta and exporting the graph"):
         from memforge.export.directory import Weights, write_build
 
-        manifest = write_build(plan, target, aten=Weights(seed, weights) if emit else None)
+        manifest = write_build(plan, target, aten=Weights(seed, weights) if emit else None, mesh=ranks)
     if json_:
         print_json({"directory": str(target), **manifest})
     else:

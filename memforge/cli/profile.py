@@ -20,7 +20,9 @@ def profile(
         list[str] | None,
         typer.Option("--tolerance", metavar="AXIS=X", help="Judge AXIS (params, active_params, flops, bytes)."),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a sequence; default: model.max_seq_len.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence; default: train.seq_len, or model.max_seq_len.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences; default: train.batch_size, or 1.")] = None,
     device: Annotated[
         list[str] | None,
@@ -28,13 +30,13 @@ def profile(
     ] = None,
     mesh: MeshOption = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run two training steps on this CPU and count what they hold.")
+        bool, typer.Option("--measure", help="Run training steps on this CPU and count what they hold.")
     ] = False,
     set_: Set = None,
     spec_root: SpecRoot = None,
     json_: Json = False,
 ) -> None:
-    """The ledger: parameters, FLOPs, bytes, memory and time, and the verdict on parity. No torch needed."""
+    """The ledger: parameters, FLOPs, bytes, memory and time, and the verdict on parity. Torch only to measure."""
     from memforge.cost import estimate
     from memforge.cost.mesh import parse_mesh
     from memforge.parity import claimed, compare, require
@@ -45,11 +47,11 @@ def profile(
     if tolerance and against is None:
         raise UsageError("--tolerance needs --against; a spec's own claim has its tolerance in [parity]")
     plan = make_plan(load(spec, set_, spec_root))
-    trained = plan.run.train.batch_size if plan.run.train is not None else 1
+    run = plan.run.train
     report = estimate(
         plan.model,
-        batch=trained if batch is None else batch,
-        seq_len=seq_len,
+        batch=batch if batch is not None else run.batch_size if run is not None else 1,
+        seq_len=seq_len if seq_len is not None or run is None else run.seq_len,
         mesh=None if mesh is None else parse_mesh(mesh),
         devices=_devices(device),
     )
@@ -91,23 +93,21 @@ def _devices(names: list[str] | None) -> list[Any]:
     return chosen
 
 
-def _measured(plan: Any, report: Any) -> dict[str, int]:
-    """Two real training steps at the shape of the report. Raises DeviceError where they would not fit."""
+def _measured(plan: Any, report: Any) -> dict[str, Any]:
+    """Real training steps at the shape of the report. Raises DeviceError where they would not fit."""
     from dataclasses import asdict
 
-    from memforge.errors import DeviceError
-    from memforge.machine import machine_memory
+    from memforge.machine import require_memory
 
-    if report.memory.peak > (available := machine_memory()):
-        shape, needed = f"{report.batch} x {report.seq_len} tokens", f"{report.memory.peak / 1e9:,.1f} GB"
-        raise DeviceError(
-            f"{plan.name}: a step on {shape} takes {needed} and this machine has {available / 1e9:,.1f} GB; "
-            "--batch and --seq-len make it smaller"
-        )
-    with console(stderr=True).status("measuring two training steps on this CPU"):
+    run, memory = plan.run.train, report.memory
+    checkpointed = run is not None and run.activation_checkpointing
+    peak = memory.peak_checkpointed if checkpointed else memory.peak
+    require_memory(peak, f"{plan.name}: a step on {report.batch} x {report.seq_len} tokens (--batch, --seq-len)")
+    with console(stderr=True).status("measuring training steps on this CPU"):
         from memforge.profile.measure import measure_step
 
-        return asdict(measure_step(plan, report.batch, report.seq_len))
+        step = measure_step(plan, report.batch, report.seq_len, checkpoint_layers=checkpointed)
+    return {"activation_checkpointing": checkpointed, **asdict(step)}
 
 
 def _tolerance(given: list[str]) -> Any:
@@ -124,7 +124,7 @@ def _tolerance(given: list[str]) -> Any:
 
 
 def _print_profile(
-    name: str, cost: dict[str, Any], parity: dict[str, Any] | None, measured: dict[str, int] | None
+    name: str, cost: dict[str, Any], parity: dict[str, Any] | None, measured: dict[str, Any] | None
 ) -> None:
     from memforge.report import cost as tables
 

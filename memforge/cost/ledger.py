@@ -23,7 +23,8 @@ from memforge.plan import ModelPlan, ParamRow
 
 CONVENTIONS = (
     "a multiply-add is 2 FLOPs; backward is counted op by op",
-    "counted: causal attention at half (2*t*t*width forward), scoring backward over the selected sub-keys only",
+    "counted: causal attention at half (2*t*t*width forward), a window at its band, scoring backward over the selected "
+    "sub-keys only, rows of a capacity that hold no token not at all",
     "executed: every op as implemented, attention as full matrix products; equal to FlopCounterMode on meta",
     "active parameters: touched by one token - every dense weight and sub-key, one embedding row, the chosen "
     "experts, heads*top_k value rows per reader",
@@ -31,7 +32,8 @@ CONVENTIONS = (
     "AdamW update, weight and two fp32 moments of each element that a token or a batch touches",
     "rows touched by a batch: expected, when all rows are equally likely, and when row i has probability ~ 1/i (Zipf)",
     "memory: training in fp32 with dense gradients and AdamW; activations are what autograd keeps in eager mode",
-    "roofline: the least time by peak FLOPs and bandwidth, the update dense as it is now; no machine was asked",
+    "roofline: the least time by peak FLOPs and bandwidth, each row and weight moved once; the update is dense, as it "
+    "is now; in bf16 on named devices",
 )
 EXCLUDED = (
     "norms",
@@ -143,6 +145,7 @@ class CostReport:
                 "params": sum(row.numel for row in rows),
                 "active_params": sum(row.active for row in rows),
                 "rows": rows[0].shape[0],
+                "rows_per_token": rows[0].active // (rows[0].numel // rows[0].shape[0]),
                 "rows_touched": touched(rows[0], self.tokens),
                 "layers": sorted(int(reader.split(".")[1]) for reader in rows[0].readers),
                 "readers": list(rows[0].readers),
@@ -217,11 +220,11 @@ def estimate(
         raise UsageError(f"the batch must be at least 1 sequence, got {batch}")
     rows = []
     for idx, layer in enumerate(plan.layers):
-        for part in (layer.mixer, *layer.blocks):
+        for part in layer.parts:
             rows += [CostRow(part.path, part.kind, idx, cost) for cost in part.costs(batch, t)]
     head = matmul_cost("head", batch * t, plan.dim, plan.vocab_size)
     rows.append(CostRow("head", "head", None, head))
-    paths = tuple(tuple(part.path for part in (layer.mixer, *layer.blocks)) for layer in plan.layers)
+    paths = tuple(tuple(part.path for part in layer.parts) for layer in plan.layers)
     num_params = sum(row.numel for row in plan.params)
     num_touched = sum(touched(row, batch * t)["uniform"] * (row.numel // row.shape[0]) for row in plan.params)
     lines = (roofline(((r.kind, r.cost) for r in rows), num_params, num_touched, device) for device in devices)

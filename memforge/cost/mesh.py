@@ -10,7 +10,7 @@ from memforge.cost.memory import STATE_BYTES_PER_PARAM
 from memforge.errors import UsageError, printable
 from memforge.plan import ModelPlan, ParamRow
 
-AXES = ("dp_replicate", "dp_shard", "memory")
+MESH_AXES = ("dp_replicate", "dp_shard", "memory")
 MAX_RANKS = 2**20
 
 
@@ -37,8 +37,8 @@ def parse_mesh(text: str) -> Mesh:
     found = re.fullmatch(r"\s*\w+\s*=\s*[0-9]{1,7}\s*(,\s*\w+\s*=\s*[0-9]{1,7}\s*)*", text)
     pairs = [(axis.strip(), int(size)) for axis, size in (part.split("=") for part in text.split(","))] if found else []
     names = [axis for axis, _ in pairs]
-    if not pairs or len(set(names)) != len(names) or not set(names) <= set(AXES) or min(s for _, s in pairs) < 1:
-        raise UsageError(f"--mesh {printable(text)}: expected AXIS=N,.. with AXIS in {', '.join(AXES)}")
+    if not pairs or len(set(names)) != len(names) or not set(names) <= set(MESH_AXES) or min(s for _, s in pairs) < 1:
+        raise UsageError(f"--mesh {printable(text)}: expected AXIS=N,.. with AXIS in {', '.join(MESH_AXES)}")
     mesh = Mesh(**dict(pairs))
     if mesh.ranks > MAX_RANKS:
         raise UsageError(f"--mesh {printable(text)}: {mesh.ranks:,} ranks are more than {MAX_RANKS:,}")
@@ -53,7 +53,7 @@ def per_rank(plan: ModelPlan, mesh: Mesh) -> dict[str, Any]:
     shares = list(_shares(plan, mesh))
     weights = sum(numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in shares)
     return {
-        "axes": {axis: getattr(mesh, axis) for axis in AXES},
+        "axes": {axis: getattr(mesh, axis) for axis in MESH_AXES},
         "ranks": mesh.ranks,
         "params_per_rank": sum(numel for _, numel in shares),
         "dense_params_per_rank": sum(numel for row, numel in shares if row.group == "dense"),

@@ -1,21 +1,22 @@
 """The build directory: plan, cost, graphs, and a manifest of them."""
 
-import io
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 from memforge import __version__
 from memforge.build import build_model
 from memforge.cost import estimate
+from memforge.cost.mesh import Mesh
 from memforge.errors import StorageError
-from memforge.export.aten import aten_program, require_room, saved_and_checked
-from memforge.export.graph import export_graph, readable
+from memforge.export.aten import aten_program, logit_difference, require_room
+from memforge.export.graph import export_graph, pt2_bytes, readable
 from memforge.parity import claimed
 from memforge.plan import Plan
 from memforge.profile.counter import require_exact
@@ -24,7 +25,7 @@ from memforge.training.checkpoint import open_run
 
 FORMAT_VERSION = 1
 # The .pt2 files are zip archives in which torch writes its own identifiers; the rest is the same byte for byte.
-REPRODUCIBLE = {"plan.json": True, "cost.json": True, "graph.py": True, "model.pt2": False}
+FILES = {"plan.json": True, "cost.json": True, "graph.py": True, "model.pt2": False}
 ATEN = {"model.aten.pt2": False}
 
 
@@ -36,7 +37,7 @@ class Weights:
     run: Path | None = None
 
 
-def write_build(plan: Plan, out: Path, *, aten: Weights | None = None) -> dict[str, Any]:
+def write_build(plan: Plan, out: Path, *, aten: Weights | None = None, mesh: Mesh | None = None) -> dict[str, Any]:
     """Write the build directory of a plan and return its manifest.
 
     With `aten` the model is also exported with those weights as plain torch ops, to run without memforge.
@@ -49,54 +50,51 @@ def write_build(plan: Plan, out: Path, *, aten: Weights | None = None) -> dict[s
     if aten is not None:
         require_room(plan.model)
     counted = require_exact(plan.model)
-    program, parity = export_graph(plan.model), claimed(plan)
+    program, cost, parity = export_graph(plan.model), estimate(plan.model, mesh=mesh), claimed(plan)
     with replaced_directory(out) as directory:
         (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        cost = estimate(plan.model).as_dict()
-        write_json(directory / "cost.json", cost | {"parity": parity.as_dict() if parity else None})
+        write_json(directory / "cost.json", cost.as_dict() | {"parity": parity.as_dict() if parity else None})
         (directory / "graph.py").write_text(readable(program, plan.name), encoding="utf-8")
-        for node in program.graph.nodes:  # source positions of this machine
-            node.meta.pop("stack_trace", None)
-        # Through memory: on a full disk torch's own writer ends the process.
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-        (directory / "model.pt2").write_bytes(buffer.getvalue())
+        (directory / "model.pt2").write_bytes(pt2_bytes(program))
         emitted = _emit_aten(plan, directory, aten) if aten is not None else None
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "name": plan.name,
-            "model_hash": plan.model.model_hash,
-            "run_hash": plan.run.run_hash,
-            "versions": {
-                "memforge": __version__,
-                "python": platform.python_version(),
-                "torch": version("torch"),
-            },
-            "counter": counted,
-            "aten": emitted,
-            "files": {
-                name: {"sha256": file_sha256(directory / name), "byte_identical": same}
-                for name, same in (REPRODUCIBLE | (ATEN if aten is not None else {})).items()
-            },
-        }
+        names = FILES | (ATEN if aten is not None else {})
+        manifest = _manifest(plan, directory, names) | {"counter": counted, "aten": emitted}
         write_json(directory / "manifest.json", manifest)
     return manifest
 
 
+def _manifest(plan: Plan, directory: Path, names: Mapping[str, bool]) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": plan.name,
+        "model_hash": plan.model.model_hash,
+        "run_hash": plan.run.run_hash,
+        "versions": {"memforge": __version__, "python": platform.python_version(), "torch": version("torch")},
+        "files": {
+            name: {"sha256": file_sha256(directory / name), "byte_identical": same} for name, same in names.items()
+        },
+    }
+
+
 def _emit_aten(plan: Plan, directory: Path, weights: Weights) -> dict[str, Any]:
     """Write model.aten.pt2 and say where its weights come from and how far its logits are from the model's."""
-    if weights.run is None:
-        given = plan.run.train.seed if weights.seed is None and plan.run.train is not None else weights.seed or 0
-        model, origin = build_model(plan.model, seed=given), f"seed {given}"
-    else:
+    model, origin = _weighted(plan, weights)
+    file = directory / "model.aten.pt2"
+    file.write_bytes(pt2_bytes(aten_program(plan.model, model)))
+    return {"weights": origin, "largest_logit_difference": logit_difference(file, plan.model, model)}
+
+
+def _weighted(plan: Plan, weights: Weights) -> tuple[nn.Module, str]:
+    """The model with its weights, and what they are. Raises StorageError for a run of another model."""
+    if weights.run is not None:
         trained, model, _, checkpoint = open_run(weights.run, "cpu")
         if trained.model.model_hash != plan.model.model_hash:
             raise StorageError(f"{weights.run}: its model is not the one of this spec (the model hashes differ)")
-        origin = checkpoint.name
-    model.requires_grad_(False)
-    content, difference = saved_and_checked(aten_program(plan.model, model), plan.model, model)
-    (directory / "model.aten.pt2").write_bytes(content)
-    return {"weights": origin, "largest_logit_difference": difference}
+        return model, checkpoint.name
+    seed = weights.seed
+    if seed is None:
+        seed = plan.run.train.seed if plan.run.train is not None else 0
+    return build_model(plan.model, seed=seed).requires_grad_(False), f"seed {seed}"
 
 
 def _is_replaceable(out: Path) -> bool:
@@ -109,6 +107,6 @@ def _is_replaceable(out: Path) -> bool:
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"].keys()
-        return names <= {"manifest.json", *files} and REPRODUCIBLE.keys() <= files <= {*REPRODUCIBLE, *ATEN}
+        return names <= {"manifest.json", *files} and FILES.keys() <= files <= {*FILES, *ATEN}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -1,9 +1,11 @@
 """The model as a graph: exported on meta, and written out to be read."""
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
@@ -21,17 +23,32 @@ def dynamic_shapes(plan: ModelPlan) -> dict[int, Any]:
     return shapes
 
 
+def exported(plan: ModelPlan, model: nn.Module) -> ExportedProgram:
+    """A model in eval mode, exported where it is, with dynamic batch and length; memforge ops stay visible."""
+    device = next(model.parameters()).device
+    tokens = torch.zeros(2, min(2, plan.max_seq_len), dtype=torch.int64, device=device)
+    return torch.export.export(model.eval(), (tokens,), dynamic_shapes=(dynamic_shapes(plan),))
+
+
 def export_graph(plan: ModelPlan) -> ExportedProgram:
-    """The model in eval mode, exported on meta with dynamic batch and sequence length; memforge ops stay visible."""
-    model = build_model(plan, device="meta").eval()
-    tokens = torch.zeros(2, min(2, plan.max_seq_len), dtype=torch.int64, device="meta")
-    return torch.export.export(model, (tokens,), dynamic_shapes=(dynamic_shapes(plan),))
+    """The graph of a plan, on meta: no weights."""
+    return exported(plan, build_model(plan, device="meta"))
+
+
+def pt2_bytes(program: ExportedProgram) -> memoryview:
+    """The .pt2 file of a graph, made in memory: on a full disk torch's own writer ends the process."""
+    for node in program.graph.nodes:  # source positions of this machine
+        node.meta.pop("stack_trace", None)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getbuffer()
 
 
 def readable(program: ExportedProgram, name: str) -> str:
     """The graph as Python: one op a line with the shape it gives, under the path of the block it belongs to.
 
-    Sizes are in b (batch) and t (tokens in a sequence). What nobody uses, such as assertions, is left out.
+    Sizes are in b (batch) and t (tokens in a sequence). What nobody uses, such as assertions, is left out. Given the
+    parameters and tokens, it runs on a CPU.
     """
     nodes = [node for node in program.graph.nodes if node.users or node.op == "output"]
     inputs = [node for node in nodes if node.op == "placeholder"]
@@ -60,7 +77,8 @@ def _body(nodes: list[Node], symbols: dict[str, str]) -> Iterator[str]:
             continue
         shape = _shape(node, symbols)
         target = f"torch.ops.{node.target}" if isinstance(node.target, torch._ops.OpOverload) else _function(node)
-        arguments = [_text(a) for a in node.args] + [f"{key}={_text(a)}" for key, a in node.kwargs.items()]
+        given = {key: value for key, value in node.kwargs.items() if key not in ("device", "pin_memory")}
+        arguments = [_text(a) for a in node.args] + [f"{key}={_text(a)}" for key, a in given.items()]
         yield f"    {node.name} = {target}({', '.join(arguments)})" + (f"  # {shape}" if shape else "")
 
 
@@ -75,8 +93,6 @@ def _text(value: Any) -> str:
         return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, torch.device):
-        return f"torch.device({str(value)!r})"
     return str(value) if isinstance(value, Node) else repr(value)
 
 

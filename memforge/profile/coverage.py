@@ -11,22 +11,23 @@ from torch.utils.module_tracker import ModuleTracker
 from memforge_kernels import FLOP_FORMULAS
 
 # Views and element-wise ops are free by what torch says of them (is_view, the tag `pointwise`). These are the others:
-# they do no multiply-adds that grow with a product of sizes, and the ledger lists them as excluded.
+# they do no multiply-adds that grow with a product of sizes, and the ledger lists them as excluded. Random numbers are
+# not free: activation checkpointing runs layers twice and would draw others.
 FREE = frozenset(
     """
     arange clone cat copy empty empty_like full full_like lift_fresh_copy new_empty new_full new_zeros ones ones_like
-    promote_types rand randn scalar_tensor slice_backward stack zeros zeros_like _to_copy _unsafe_view constant_pad_nd
-    fill repeat resize roll flip tril triu eye tril_indices triu_indices one_hot
+    promote_types scalar_tensor slice_backward stack zeros zeros_like _to_copy _unsafe_view constant_pad_nd
+    fill repeat resize flip tril triu
 
     _softmax _softmax_backward_data _log_softmax _log_softmax_backward_data _safe_softmax logsumexp cumsum
     nll_loss_forward nll_loss_backward _fused_rms_norm _fused_rms_norm_backward native_layer_norm
     native_layer_norm_backward sum mean amax amin any all argmax argmin max min prod var var_mean std norm
-    linalg_vector_norm native_dropout native_dropout_backward
+    linalg_vector_norm
 
     floor_divide remainder bitwise_and bitwise_or
-    topk sort argsort searchsorted unique_consecutive bincount histc nonzero
+    topk sort argsort searchsorted unique_consecutive bincount nonzero
     embedding embedding_dense_backward gather index index_add index_copy index_fill index_put index_select
-    masked_fill masked_select scatter scatter_add scatter_reduce take
+    masked_fill masked_select scatter scatter_add scatter_reduce
     """.split()
 )
 

@@ -1,13 +1,15 @@
-"""Bytes of tensor storage alive at once, counted op by op; torch has no such counter on a CPU."""
+"""Bytes of tensor storage alive at once, counted op by op, storage by storage."""
 
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memforge.nn.decoder import next_token_loss
 from memforge_kernels import KERNELS
 
 
@@ -24,9 +26,6 @@ class LiveStorage(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
         for tensor in static:
             self._see(tensor)
-
-    def reset_peak(self) -> None:
-        self.peak = self.bytes
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -60,3 +59,11 @@ class LiveStorage(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         return out
+
+
+def kept_bytes(model: nn.Module, batch: int, seq_len: int) -> int:
+    """What a forward pass in training leaves alive for its backward pass, besides the losses it returns."""
+    with LiveStorage(model.parameters()) as live:
+        before = live.bytes
+        loss, extra = next_token_loss(model, torch.zeros(batch, seq_len + 1, dtype=torch.int64))
+        return live.bytes - before - sum(t.untyped_storage().nbytes() for t in (loss, *extra.values()))

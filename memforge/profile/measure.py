@@ -1,6 +1,6 @@
-"""Real training steps on a CPU, with the memory they take counted in three ways.
+"""Real training steps on a CPU, with the memory they take counted in three ways, each over steps of its own.
 
-`measure_step` runs itself in a process of its own, so that what the process holds (RSS) is that of the steps alone.
+They run in a process of their own, so that what the process holds (RSS) is theirs alone.
 """
 
 import json
@@ -20,7 +20,7 @@ from memforge.build import build_model
 from memforge.errors import DeviceError
 from memforge.nn.decoder import next_token_loss
 from memforge.plan import Plan, TrainPlan, plan_from_json
-from memforge.profile.live import LiveStorage
+from memforge.profile.live import LiveStorage, kept_bytes
 from memforge.training.optimizer import make_optimizer
 
 # What is measured does not depend on the rates.
@@ -31,7 +31,7 @@ QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """Bytes in the second of two training steps.
+    """Bytes of a training step that is not the first one.
 
     `activations`: what the forward pass leaves alive for the backward pass, counted storage by storage.
     `peak`: the most that torch's CPU allocator had given out at once, weights and optimizer state included.
@@ -47,7 +47,7 @@ class MeasuredStep:
 
 
 def measure_step(plan: Plan, batch: int, seq_len: int, *, checkpoint_layers: bool = False) -> MeasuredStep:
-    """Train the plan's model for two steps of eager fp32 on a CPU. Raises DeviceError when that fails."""
+    """Train the plan's model for a few steps of eager fp32 on a CPU. Raises DeviceError when that fails."""
     request = {"plan": plan.to_json(), "batch": batch, "seq_len": seq_len, "checkpoint_layers": checkpoint_layers}
     done = subprocess.run(
         [sys.executable, "-m", "memforge.profile.measure"],
@@ -76,21 +76,13 @@ class _Steps:
         self.model.checkpoint_layers = self.checkpoint
         self.optimizer = make_optimizer(self.model, self.plan, OPTIMIZER)
 
-    def forward(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The loss, and all tensors that are returned with it."""
-        window = torch.zeros(self.shape, dtype=torch.int64)
-        loss, extra = next_token_loss(self.model, window)
-        total = loss + sum(extra.values())
-        return total, [loss, total, *extra.values()]
-
-    def finish(self, loss: torch.Tensor) -> None:
-        loss.backward()
+    def step(self) -> None:
+        loss, extra = next_token_loss(self.model, torch.zeros(self.shape, dtype=torch.int64))
+        (loss + sum(extra.values())).backward()
+        del loss, extra
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def step(self) -> None:
-        self.finish(self.forward()[0])
 
 
 def _held(field: str) -> int:
@@ -99,16 +91,12 @@ def _held(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _tracked(steps: _Steps) -> tuple[int, int]:
-    """Bytes that the second forward pass leaves for its backward pass, and the peak of the second step."""
+def _tracked(steps: _Steps) -> int:
+    """The peak of one more step, storage by storage."""
     state = (value for moments in steps.optimizer.state.values() for value in moments.values())
     with LiveStorage([*steps.model.parameters(), *state]) as live:
-        before = live.bytes
-        loss, outputs = steps.forward()
-        kept = live.bytes - before - sum({t.untyped_storage()._cdata: t.nbytes for t in outputs}.values())
-        del outputs
-        steps.finish(loss)
-    return kept, live.peak
+        steps.step()
+    return live.peak
 
 
 def _allocated(steps: _Steps) -> int:
@@ -132,7 +120,8 @@ def _main() -> None:
     steps.step()
     steps.step()
     process = _held("VmHWM") - before
-    kept, tracked = _tracked(steps)
+    tracked = _tracked(steps)
+    kept = kept_bytes(steps.model, request["batch"], request["seq_len"])
     del steps.model, steps.optimizer
     measured = MeasuredStep(activations=kept, peak=_allocated(steps), peak_tracked=tracked, process=process)
     json.dump(asdict(measured), sys.stdout)

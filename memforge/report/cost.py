@@ -106,12 +106,17 @@ def parity_table(parity: dict[str, Any]) -> Table:
     return table
 
 
-def memory_table(cost: dict[str, Any], measured: dict[str, int] | None = None) -> Table:
+def memory_table(cost: dict[str, Any], measured: dict[str, Any] | None = None) -> Table:
     """Bytes of a training step, with and without activation checkpointing, beside what was measured."""
     memory = cost["memory"]
     shape = f"{cost['batch']} x {cost['seq_len']} tokens"
-    columns = ("", "kept layers", "checkpointed", *(("measured (ratio)",) if measured else ()))
+    columns = ("", "kept layers", "checkpointed", *(("measured (/ predicted)",) if measured else ()))
     table = _table(f"Memory of a training step on {shape}", columns)
+
+    def predicted(key: str) -> int:
+        replayed = measured is not None and measured["activation_checkpointing"]
+        return int(memory[f"{key}_checkpointed" if replayed else key])
+
     rows: tuple[tuple[str, str, str | None], ...] = (
         ("weights", "weights", None),
         ("gradients", "gradients", None),
@@ -123,10 +128,10 @@ def memory_table(cost: dict[str, Any], measured: dict[str, int] | None = None) -
         replayed = memory.get(f"{key}_checkpointed", memory[key])
         cells = [si(memory[key], "B"), si(replayed, "B")]
         if measured:
-            cells.append(_beside(measured[counted], memory[key]) if counted else "")
+            cells.append(_beside(measured[counted], predicted(key)) if counted else "")
         table.add_row(name, *cells)
     if measured:
-        table.add_row("peak, storage by storage", "", "", _beside(measured["peak_tracked"], memory["peak"]))
+        table.add_row("peak, storage by storage", "", "", _beside(measured["peak_tracked"], predicted("peak")))
         table.add_row("process (RSS)", "", "", si(measured["process"], "B"))
     table.add_row("checkpoint, weights", si(memory["checkpoint"], "B"), "")
     return table
@@ -140,12 +145,11 @@ def traffic_table(cost: dict[str, Any]) -> Table:
     """Bytes of parameters that a token and a batch touch, and the rows of each pool."""
     one, batch = cost["bytes_per_token"], cost["bytes_per_batch"]
     table = _table("Parameters touched", ("", "per token", "per batch, uniform", "per batch, Zipf", "dense update"))
-    for what in ("read", "written"):
-        cells = (one[what], batch["uniform"][what], batch["zipf"][what], batch["dense_update"][what])
-        table.add_row(f"bytes {what}", *(si(cell, "B") for cell in cells))
+    for what, dense in (("read", ""), ("written", si(batch["dense_update"]["written"], "B"))):
+        cells = (one[what], batch["uniform"][what], batch["zipf"][what])
+        table.add_row(f"bytes {what}", *(si(cell, "B") for cell in cells), dense)
     for pool in cost["pools"]:
-        rows = pool["rows_touched"]
-        per_token = f"{pool['active_params'] // (pool['params'] // pool['rows']):,}"
+        rows, per_token = pool["rows_touched"], f"{pool['rows_per_token']:,}"
         table.add_row(
             f"rows of {pool['path']}", per_token, f"{rows['uniform']:,}", f"{rows['zipf']:,}", f"{pool['rows']:,}"
         )

@@ -22,8 +22,9 @@ from memforge.spec.schema import (
 INTRO = """\
 # The spec, key by key
 
-Written by `memforge schema --markdown`. A key without a default must be given; `extends = "other.toml"` at the top of a
-file lays it over another one. `memforge schema` prints the same as JSON Schema, for editors.
+Written by `memforge schema --markdown`. A key marked **required** must be given; an empty default means that the
+key is absent. `extends = "other.toml"` at the top of a file lays it over another one. `memforge schema` prints the
+same as JSON Schema, for editors.
 """
 TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[model]", ModelSpec),

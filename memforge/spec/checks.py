@@ -67,7 +67,8 @@ def selections(spec: Spec) -> tuple[list[frozenset[int]], list[Problem]]:
 
 def _under(prefix: KeyPath, block: KindSpec, site: Site) -> Iterator[Problem]:
     for p in block.check(site):
-        beside = tuple(((*prefix, name), f"{name} is set here") for name in p.siblings)
+        paths = [name.split(".") for name in p.siblings]
+        beside = tuple(((*prefix, *path), f"{path[-1]} is set here") for path in paths)
         yield replace(p, key=(*prefix, *p.key), siblings=(), related=p.related + beside)
 
 

@@ -18,7 +18,7 @@ from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.cost.memory import step_memory
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
-from memforge.machine import machine_memory
+from memforge.machine import require_memory
 from memforge.nn.decoder import next_token_loss
 from memforge.plan import Plan, TrainPlan
 from memforge.storage import storage_errors
@@ -231,14 +231,13 @@ def _checked(plan: Plan) -> TrainPlan:
 def _require_memory(plan: Plan, run: TrainPlan, device: str) -> None:
     """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
     memory = step_memory(plan.model, run.batch_size, run.seq_len)
-    needed = memory.peak_checkpointed if run.activation_checkpointing else memory.peak
-    available = torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else machine_memory()
-    if needed > available:
-        state = memory.weights + memory.gradients + memory.optimizer
-        raise DeviceError(
-            f"{plan.name}: a training step takes {needed / 1e9:,.1f} GB, of which {state / 1e9:,.1f} for weights, "
-            f"gradients and optimizer state; {device} has {available / 1e9:,.1f} GB"
-        )
+    state = memory.weights + memory.gradients + memory.optimizer
+    require_memory(
+        memory.peak_checkpointed if run.activation_checkpointing else memory.peak,
+        f"{plan.name}: a training step ({state / 1e9:,.1f} GB of weights, gradients and optimizer state)",
+        available=torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else None,
+        device=device,
+    )
 
 
 @contextmanager

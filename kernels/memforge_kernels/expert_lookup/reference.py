@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from memforge_kernels.expert_lookup.op import ACTIVATIONS, Activation
+ACTIVATIONS = {"gelu": torch.nn.GELU(), "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU()}
 
 
 def expert_lookup(
-    x: Tensor, down: Tensor, up: Tensor, slots: Tensor, weights: Tensor, activation: Activation = "gelu"
+    x: Tensor, down: Tensor, up: Tensor, slots: Tensor, weights: Tensor, activation: str = "gelu"
 ) -> Tensor:
     """Weighted sum of single-neuron experts. Materialises [n, k, d] twice.
 

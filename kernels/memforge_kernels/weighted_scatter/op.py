@@ -10,9 +10,17 @@ def weighted_scatter(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) 
 
     Shape: x [n, v], slots [n, k] int64 in 0..num_slots-1, weights [n, k] -> [num_slots, v] in the dtype of x.
     Cost: 2*n*k*v FLOPs; writes every row. It has no gradient of its own.
-    It is itself a bag: a stable sort by slot fixes the order of each sum, so the result is the same bit for bit from
-    run to run, without atomics.
+    A stable sort by slot fixes the order of each sum, so the result is the same bit for bit from run to run, without
+    atomics.
+    Raises: ValueError for shapes or dtypes that do not fit. Slots are trusted: they are those of a gather.
     """
+    if x.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape or slots.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"weighted_scatter needs x [n, v] and slots, weights [n, k]; got {list(x.shape)}, {list(slots.shape)}, "
+            f"{list(weights.shape)}"
+        )
+    if slots.dtype != torch.int64:
+        raise ValueError(f"weighted_scatter needs int64 slots, got {slots.dtype}")
     return torch.ops.memforge.weighted_scatter(x, slots, weights, num_slots)
 
 

@@ -74,8 +74,7 @@ def rotary_angles(
         size = 0.1 * math.log(scaling.factor) + 1 if isinstance(scaling, YarnScaling) else 1.0
     position = torch.arange(t, device=like.device, dtype=dtype)
     angle = position[:, None, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    return (cos, sin) if size == 1 else (cos * size, sin * size)
+    return angle.cos() * size, angle.sin() * size
 
 
 def share_kept(frequency: Tensor, scaling: RopeScaling, theta: float) -> Tensor:

@@ -105,13 +105,13 @@ class AttentionSpec(KindSpec):
                 ("rope_scaling", "high_freq_factor"),
                 f"high_freq_factor = {scaling.high_freq_factor:g} is not above low_freq_factor = "
                 f"{scaling.low_freq_factor:g}",
-                siblings=("rope_scaling",),
+                siblings=("rope_scaling.low_freq_factor",),
             )
         if isinstance(scaling, YarnScaling) and scaling.beta_fast <= scaling.beta_slow:
             yield Problem(
                 ("rope_scaling", "beta_fast"),
                 f"beta_fast = {scaling.beta_fast:g} is not above beta_slow = {scaling.beta_slow:g}",
-                siblings=("rope_scaling",),
+                siblings=("rope_scaling.beta_slow",),
             )
 
     def plan(self, site: Site, path: str) -> "AttentionPlan":

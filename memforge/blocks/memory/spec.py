@@ -85,12 +85,7 @@ class MemoryPlan(ProductKeyPlan):
         return tuple(rows)
 
     def scratch(self, batch: int, seq_len: int) -> Scratch:
-        """Forward: scoring. Backward: the rows that were read, summed, before they are laid into the gradient of the
-        pool, and the sort of all reads by slot (slot, order and its inverse, weight).
-        """
-        n, reads = batch * seq_len, batch * seq_len * self.num_heads * self.top_k
-        touched = min(reads, self.num_sub_keys**2)
-        return Scratch(self.key_scratch(n), 4 * touched * self.value_dim + 28 * reads)
+        return self.read_scratch(batch * seq_len, self.value_dim)
 
 
 KIND = Kind(

@@ -180,25 +180,33 @@ class MoePlan(KindPlan):
         )
 
     def saved(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
-        n, d, f, e, k = batch * seq_len, self.dim, self.hidden_dim, self.num_experts, self.top_k
-        rows, limited = self.rows(n), self.rows_per_expert(n) is not None
-        saved = [Saved("probabilities", n * e)]
+        n, rows, shared = batch * seq_len, self.rows(batch * seq_len), self.shared()
+        return (
+            *self._routing_saved(n, rows),
+            Saved("offsets", self.num_experts, "int64"),
+            Saved("dispatched", rows * self.dim),
+            Saved("returned", rows * self.dim),
+            *hidden_saved(self.activation, rows * self.hidden_dim),
+            *(shared.saved(batch, seq_len) if shared else ()),
+        )
+
+    def _routing_saved(self, n: int, rows: int) -> Iterator[Saved]:
+        """What is kept of who goes where, and of the losses of the router."""
+        e, k, limited = self.num_experts, self.top_k, self.capacity_factor is not None
+        yield Saved("probabilities", n * e)
         if self.router == "token_choice":
-            saved += [Saved("chosen", n * k, "int64"), Saved("order", n * k, "int64")]
+            yield from (Saved("chosen", n * k, "int64"), Saved("order", n * k, "int64"))
             if self.normalize_top_k:
-                saved += [Saved("weights", n * k), Saved("weight_sums", n)]
-            # With a capacity, each choice has a place; one row more than there are takes the dropped ones.
-            saved += [Saved("places", n * k, "int64")] if limited else []
-            saved += [Saved("tokens", rows + limited, "int64"), Saved("row_weights", rows + limited)]
-            saved += [Saved("shares", e)] if self.load_balance_coef else []
-        else:
-            saved += [Saved("tokens", rows, "int64"), Saved("row_weights", rows)]
+                yield from (Saved("weights", n * k), Saved("weight_sums", n))
+            if self.load_balance_coef:
+                yield Saved("shares", e)
+        if limited:
+            yield Saved("places", n * k, "int64")
+        # With a capacity, one place more than there are takes all that are dropped.
+        places = rows + 1 if limited else rows
+        yield from (Saved("tokens", places, "int64"), Saved("row_weights", places))
         if self.z_loss_coef:
-            saved += [Saved("logits", n * e), Saved("log_sum_exp", n)]
-        saved += [Saved("offsets", e, "int64"), Saved("dispatched", rows * d), Saved("returned", rows * d)]
-        saved += hidden_saved(self.activation, rows * f)
-        shared = self.shared()
-        return (*saved, *(shared.saved(batch, seq_len) if shared else ()))
+            yield from (Saved("logits", n * e), Saved("log_sum_exp", n))
 
     def scratch(self, batch: int, seq_len: int) -> Scratch:
         """Backward holds the gradients of the hidden layer and of the dispatched rows."""

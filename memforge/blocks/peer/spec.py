@@ -49,9 +49,7 @@ class PeerPlan(ProductKeyPlan):
         return (*self.key_saved(n), *(Saved(what, reads) for what in (*before, "activated", "weighted")))
 
     def scratch(self, batch: int, seq_len: int) -> Scratch:
-        """As for memory: scoring, then the rows that were read and the sort of all reads by slot."""
-        n, reads = batch * seq_len, batch * seq_len * self.num_heads * self.top_k
-        return Scratch(self.key_scratch(n), 4 * min(reads, self.num_sub_keys**2) * self.dim + 28 * reads)
+        return self.read_scratch(batch * seq_len, self.dim)
 
 
 KIND = Kind(

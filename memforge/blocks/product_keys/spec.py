@@ -13,6 +13,7 @@ from memforge.blocks.base import (
     Param,
     RowReads,
     Saved,
+    Scratch,
     Site,
     Traffic,
     linear,
@@ -160,6 +161,12 @@ class ProductKeyPlan(KindPlan):
             norms = (*norm_saved("query_norm", 2 * n * h, q // 2), *keys, Saved("keys", h * s * q))
         return (*norms, Saved("queries", n * h * q), Saved("slots", n * h * k, "int64"), Saved("weights", n * h * k))
 
-    def key_scratch(self, n: int) -> int:
-        """Bytes while halves are scored: n*h*2*s scores, three arrays of their bits, and the 64-bit sorting keys."""
-        return n * self.num_heads * 2 * self.num_sub_keys * (4 + 3 * 4 + 8)
+    def read_scratch(self, n: int, width: int) -> Scratch:
+        """Forward while the halves are scored: n*h*2*s scores, three arrays of their bits, and 64-bit sorting keys.
+
+        Backward: the gradients of the rows that were read, before they are laid into that of the pool, and the sort of
+        all reads by slot (slot, order, token, weight).
+        """
+        scores, reads = n * self.num_heads * 2 * self.num_sub_keys, n * self.num_heads * self.top_k
+        touched = min(reads, self.num_sub_keys**2)
+        return Scratch(scores * (4 + 3 * 4 + 8), 4 * touched * width + reads * (8 + 8 + 8 + 4))
