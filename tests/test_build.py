@@ -226,7 +226,7 @@ def test_the_aten_graph_holds_the_weights_of_a_run(small: Path, tmp_path: Path) 
         (["--seed", "3"], 2, "--emit aten"),
         (["--emit", "aten", "--seed", "3", "--weights", "run"], 2, "give one of them"),
         (["--emit", "aten", "--weights", "absent"], 4, "no such run directory"),
-        (["--emit", "aten", "--set", "pool.facts.num_sub_keys=60000"], 3, "holds 3 copies"),
+        (["--emit", "aten", "--set", "pool.facts.num_sub_keys=60000"], 3, "3 copies of the weights takes"),
         (["--emit", "aten", "--set", "place.1.block.num_experts=300"], 2, "at most 256 experts, not 300"),
     ],
 )

@@ -38,7 +38,8 @@ def test_errors_in_a_base_file_name_that_file(tmp_path: Path, monkeypatch: pytes
         load_spec("top.toml")
     (error,) = caught.value.diagnostics
     assert (error.where.file, error.where.line) == ("base.toml", 20)
-    assert [(p.file, p.line) for p, _ in error.related] == [("top.toml", 3)]
+    # The pool it names stands on the line of the error.
+    assert [(p.file, p.line) for p, _ in error.related] == [("top.toml", 3), ("base.toml", 20)]
 
 
 @pytest.mark.parametrize(

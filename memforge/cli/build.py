@@ -99,7 +99,7 @@ def _print_written(cost: dict[str, Any], manifest: dict[str, Any], target: Path)
     if aten is not None:
         plain(
             f"model.aten.pt2 = the model with the weights of {aten['weights']}; logits differ by at most "
-            f"{aten['largest_logit_difference']:.3g}"
+            f"{aten['largest_logit_difference']:.3g}. torch.export.load(FILE).module()(tokens) gives (logits, {{}})"
         )
     plain(f"wrote {target}/: {', '.join([*manifest['files'], 'manifest.json'])}")
 

@@ -17,7 +17,7 @@ from memforge.cost.access import distinct_uniform, distinct_zipf
 from memforge.cost.devices import DEVICES, Device
 from memforge.cost.memory import StepMemory, step_memory
 from memforge.cost.mesh import Mesh, per_rank
-from memforge.cost.roofline import UPDATE_READ, UPDATE_WRITTEN, Roofline, roofline
+from memforge.cost.roofline import Roofline, roofline, update_bytes
 from memforge.errors import UsageError
 from memforge.plan import ModelPlan, ParamRow
 
@@ -32,8 +32,11 @@ CONVENTIONS = (
     "AdamW update, weight and two fp32 moments of each element that a token or a batch touches",
     "rows touched by a batch: expected, when all rows are equally likely, and when row i has probability ~ 1/i (Zipf)",
     "memory: training in fp32 with dense gradients and AdamW; activations are what autograd keeps in eager mode",
+    "mesh: dense parameters by rows over dp_shard x memory ranks, pools by columns over memory, a copy on every other "
+    "rank; activations are not in it",
     "roofline: the least time by peak FLOPs and bandwidth, each row and weight moved once; the update is dense, as it "
-    "is now; in bf16 on named devices",
+    "is now; in bf16 on named devices, pools and update in the types they are stored in; memory-bound is a share of "
+    "forward and backward time",
 )
 EXCLUDED = (
     "norms",
@@ -42,6 +45,7 @@ EXCLUDED = (
     "activations and other element-wise work",
     "rotary positions",
 )
+MAX_BATCH = 2**20
 ACCESS = {"uniform": distinct_uniform, "zipf": distinct_zipf}
 AXES = ("params", "active_params", "flops", "bytes")
 
@@ -109,14 +113,14 @@ class CostReport:
             },
             "bytes_per_token": {
                 "read": axes["bytes"],
-                "written": UPDATE_WRITTEN * int(axes["active_params"]),
+                "written": sum(r.active * update_bytes(r.dtype)[1] for r in self.params),
                 "read_by_kind": {
                     kind: sum(r.active * BYTES_PER_ELEMENT[r.dtype] for r in rows) for kind, rows in kinds.items()
                 },
             },
             "bytes_per_batch": self._traffic(),
             "memory": self.memory.as_dict(),
-            "roofline": [line.as_dict() for line in self.roofline],
+            "roofline": [line.as_dict(self.memory.peak, self.memory.peak_checkpointed) for line in self.roofline],
             "mesh": self.mesh,
             "layers": list(self._layer_dicts()),
             "pools": list(self._pool_dicts()),
@@ -132,9 +136,9 @@ class CostReport:
             width = row.numel // row.shape[0]
             for name, rows in touched(row, self.tokens).items():
                 elements[name]["read"] += rows * width * BYTES_PER_ELEMENT[row.dtype]
-                elements[name]["written"] += rows * width * UPDATE_WRITTEN
-        params = sum(row.numel for row in self.params)
-        dense = {"read": params * UPDATE_READ, "written": params * UPDATE_WRITTEN}
+                elements[name]["written"] += rows * width * update_bytes(row.dtype)[1]
+        moved = [(row.numel, *update_bytes(row.dtype)) for row in self.params]
+        dense = {"read": sum(n * read for n, read, _ in moved), "written": sum(n * written for n, _, written in moved)}
         return {"tokens": self.tokens, **elements, "dense_update": dense}
 
     def _pool_dicts(self) -> Iterator[dict[str, Any]]:
@@ -216,8 +220,8 @@ def estimate(
     t = plan.max_seq_len if seq_len is None else seq_len
     if not 1 <= t <= plan.max_seq_len:
         raise UsageError(f"the sequence length must be 1 to {plan.max_seq_len} (model.max_seq_len), got {t}")
-    if batch < 1:
-        raise UsageError(f"the batch must be at least 1 sequence, got {batch}")
+    if not 1 <= batch <= MAX_BATCH:
+        raise UsageError(f"the batch must be 1 to {MAX_BATCH:,} sequences, got {batch}")
     rows = []
     for idx, layer in enumerate(plan.layers):
         for part in layer.parts:
@@ -225,9 +229,12 @@ def estimate(
     head = matmul_cost("head", batch * t, plan.dim, plan.vocab_size)
     rows.append(CostRow("head", "head", None, head))
     paths = tuple(tuple(part.path for part in layer.parts) for layer in plan.layers)
-    num_params = sum(row.numel for row in plan.params)
-    num_touched = sum(touched(row, batch * t)["uniform"] * (row.numel // row.shape[0]) for row in plan.params)
-    lines = (roofline(((r.kind, r.cost) for r in rows), num_params, num_touched, device) for device in devices)
+    everything = sum(row.numel * sum(update_bytes(row.dtype)) for row in plan.params)
+    rows_only = sum(
+        touched(row, batch * t)["uniform"] * (row.numel // row.shape[0]) * sum(update_bytes(row.dtype))
+        for row in plan.params
+    )
+    lines = (roofline(((r.kind, r.cost) for r in rows), everything, rows_only, device) for device in devices)
     return CostReport(
         model_hash=plan.model_hash,
         batch=batch,

@@ -34,7 +34,7 @@ class Mesh:
 
 def parse_mesh(text: str) -> Mesh:
     """The mesh of "dp_shard=8,memory=4". Raises UsageError for anything else."""
-    found = re.fullmatch(r"\s*\w+\s*=\s*[0-9]{1,7}\s*(,\s*\w+\s*=\s*[0-9]{1,7}\s*)*", text)
+    found = re.fullmatch(r"\s*\w+\s*=\s*[0-9]{1,18}\s*(,\s*\w+\s*=\s*[0-9]{1,18}\s*)*", text)
     pairs = [(axis.strip(), int(size)) for axis, size in (part.split("=") for part in text.split(","))] if found else []
     names = [axis for axis, _ in pairs]
     if not pairs or len(set(names)) != len(names) or not set(names) <= set(MESH_AXES) or min(s for _, s in pairs) < 1:
@@ -49,7 +49,7 @@ def per_rank(plan: ModelPlan, mesh: Mesh) -> dict[str, Any]:
     """The largest share that any rank holds. Raises UsageError where columns do not divide over the memory ranks."""
     for row in plan.params:
         if row.group == "values" and row.shape[-1] % mesh.memory:
-            raise UsageError(f"memory={mesh.memory} does not divide the {row.shape[-1]} columns of {row.path}")
+            raise UsageError(f"--mesh: memory={mesh.memory} does not divide the {row.shape[-1]} columns of {row.path}")
     shares = list(_shares(plan, mesh))
     weights = sum(numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in shares)
     return {

@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from memforge.blocks.base import BYTES_PER_ELEMENT, OpCost
+from memforge.blocks.base import BYTES_PER_ELEMENT, DType, OpCost
 from memforge.cost.devices import Device
 
-# AdamW with fp32 weights and moments: read weight, gradient and two moments; write weight and moments.
-UPDATE_READ, UPDATE_WRITTEN = 16, 12
+
+def update_bytes(dtype: DType) -> tuple[int, int]:
+    """Bytes that AdamW reads and writes for one parameter: weight and gradient, in its type, and two fp32 moments."""
+    size = BYTES_PER_ELEMENT[dtype]
+    return 2 * size + 8, size + 8
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class Roofline:
     def total(self) -> float:
         return self.forward + self.backward + self.update
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, peak: int, peak_checkpointed: int) -> dict[str, Any]:
         return {
             "device": self.device.name,
             "dtype": self.device.dtype,
             "source": self.device.source,
             "memory_bytes": self.device.memory_bytes,
+            "fits": peak <= self.device.memory_bytes,
+            "fits_checkpointed": peak_checkpointed <= self.device.memory_bytes,
             "seconds": {
                 "forward": self.forward,
                 "backward": self.backward,
@@ -52,8 +57,8 @@ class Roofline:
         }
 
 
-def roofline(costs: Iterable[tuple[str, OpCost]], num_params: int, num_touched: int, device: Device) -> Roofline:
-    """Seconds of a step of ops, each with the kind of its block, and of the update of all parameters or those touched.
+def roofline(costs: Iterable[tuple[str, OpCost]], updated: int, updated_rows: int, device: Device) -> Roofline:
+    """Seconds of a step of ops, each with the kind of its block, and of updates that move so many bytes.
 
     FLOPs are the counted ones, since fused attention skips what is masked. Element-wise work is taken to be fused.
     """
@@ -76,13 +81,12 @@ def roofline(costs: Iterable[tuple[str, OpCost]], num_params: int, num_touched: 
             limited += moving if moving > computing else 0.0
         forward, backward = forward + both[0], backward + both[1]
         by_kind[kind] += sum(both)
-    seconds_per_param = (UPDATE_READ + UPDATE_WRITTEN) / device.bytes_per_second
     return Roofline(
         device=device,
         forward=forward,
         backward=backward,
-        update=num_params * seconds_per_param,
-        update_rows=num_touched * seconds_per_param,
+        update=updated / device.bytes_per_second,
+        update_rows=updated_rows / device.bytes_per_second,
         by_kind=dict(by_kind),
-        memory_bound=limited / (forward + backward),
+        memory_bound=min(1.0, limited / (forward + backward)),
     )

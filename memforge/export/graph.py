@@ -123,5 +123,7 @@ def _block_path(node: Node) -> str:
     path = next((path for path, _ in reversed(list(stack.values())) if path), "")
     if path.startswith("_"):  # torch's own marker of nodes that belong to no module
         return ""
+    if stack and not path:
+        return "the model itself: sums and head"
     parts = path.split(".")
     return ".".join(parts[:3]) if parts[0] == "layers" else path

@@ -8,7 +8,7 @@ from rich.table import Table
 from memforge import __version__
 from memforge.cost import CONVENTIONS, EXCLUDED
 from memforge.parity import Parity
-from memforge.report.console import console, plain
+from memforge.report.console import PIPED_WIDTH, console, plain
 
 _PREFIXES = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
 
@@ -41,9 +41,9 @@ def kind_table(cost: dict[str, Any]) -> Table:
     """Parameters and FLOPs by kind."""
     params, flops = cost["params"], cost["flops_per_token"]
     table = _table("By kind", ("kind", "params", "active", "FLOPs/token", "share"))
-    for kind, total in params["by_kind"].items():
+    for kind in dict.fromkeys([*params["by_kind"], *flops["by_kind"]]):  # a tied head has FLOPs and no parameters
         spent = flops["by_kind"].get(kind, 0)
-        active = params["active_by_kind"][kind]
+        total, active = params["by_kind"].get(kind, 0), params["active_by_kind"].get(kind, 0)
         table.add_row(kind, f"{total:,}", f"{active:,}", si(spent), f"{spent / flops['total']:.1%}")
     table.add_section()
     table.add_row("total", f"{params['total']:,}", f"{params['active']:,}", si(flops["total"]), "", style="bold")
@@ -110,7 +110,7 @@ def memory_table(cost: dict[str, Any], measured: dict[str, Any] | None = None) -
     """Bytes of a training step, with and without activation checkpointing, beside what was measured."""
     memory = cost["memory"]
     shape = f"{cost['batch']} x {cost['seq_len']} tokens"
-    columns = ("", "kept layers", "checkpointed", *(("measured (/ predicted)",) if measured else ()))
+    columns = ("", "keeping all", "checkpointing layers", *(("measured (/ predicted)",) if measured else ()))
     table = _table(f"Memory of a training step on {shape}", columns)
 
     def predicted(key: str) -> int:
@@ -133,7 +133,7 @@ def memory_table(cost: dict[str, Any], measured: dict[str, Any] | None = None) -
     if measured:
         table.add_row("peak, storage by storage", "", "", _beside(measured["peak_tracked"], predicted("peak")))
         table.add_row("process (RSS)", "", "", si(measured["process"], "B"))
-    table.add_row("checkpoint, weights", si(memory["checkpoint"], "B"), "")
+    table.add_row("saved file", si(memory["checkpoint"], "B"), "")
     return table
 
 
@@ -158,14 +158,23 @@ def traffic_table(cost: dict[str, Any]) -> Table:
 
 def roofline_table(cost: dict[str, Any]) -> Table:
     """The least milliseconds of a step on each device."""
-    columns = ("device", "forward", "backward", "update", "update of rows", "memory-bound", "fits")
+    columns = ("device", "forward", "backward", "update", "total", "update of rows", "memory-bound", "one holds it")
     table = _table("Roofline, least milliseconds per step", columns)
     for line in cost["roofline"]:
         seconds = line["seconds"]
-        cells = (f"{seconds[phase] * 1e3:,.4g}" for phase in ("forward", "backward", "update", "update_rows"))
-        fits = "yes" if cost["memory"]["peak"] <= line["memory_bytes"] else "no"
-        table.add_row(f"{line['device']} {line['dtype']}", *cells, f"{line['memory_bound']:.0%}", fits)
+        phases = ("forward", "backward", "update", "total", "update_rows")
+        table.add_row(
+            f"{line['device']} {line['dtype']}",
+            *(_milliseconds(seconds[phase]) for phase in phases),
+            f"{line['memory_bound']:.0%}",
+            "yes" if line["fits"] else "checkpointing" if line["fits_checkpointed"] else "no",
+        )
     return table
+
+
+def _milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def mesh_table(mesh: dict[str, Any]) -> Table:
@@ -177,6 +186,8 @@ def mesh_table(mesh: dict[str, Any]) -> Table:
     table.add_row("weights", f"{mesh['params_per_rank']:,}", si(mesh["weight_bytes_per_rank"], "B"))
     table.add_row("gradients", "", si(mesh["gradient_bytes_per_rank"], "B"))
     table.add_row("optimizer state", "", si(mesh["optimizer_bytes_per_rank"], "B"))
+    held = ("weight_bytes_per_rank", "gradient_bytes_per_rank", "optimizer_bytes_per_rank")
+    table.add_row("together", "", si(sum(mesh[key] for key in held), "B"), style="bold")
     return table
 
 
@@ -190,6 +201,9 @@ def show_tables(tables: Iterable[Table], cost: dict[str, Any]) -> None:
     for i, table in enumerate(tables):
         if i:
             page.print()
+        # A table wider than the screen runs over its edge: a number that is cut is another number.
+        wanted = page.measure(table, options=page.options.update(max_width=PIPED_WIDTH)).maximum
+        page.width = max(page.width, wanted)
         page.print(table)
     for caveat in cost["caveats"]:
         plain(f"\nnote: {caveat}")

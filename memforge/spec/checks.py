@@ -99,6 +99,8 @@ def _check_layers(spec: Spec, selected: list[frozenset[int]], *, placed: bool) -
         elif added is not None and added.kind == block.kind:
             doubled.add(block.kind)
         read |= {part.reads() for part in (block, added) if part is not None}
+    # Of two blocks added to one layer the error says that; it does not also leave the pool of the first unread.
+    read |= {rule.block.reads() for rule in spec.place if rule.mode == "add" and rule.block is not None}
     if bare:
         listed = f"layer {bare[0]}" if len(bare) == 1 else f"{len(bare)} layers, the first of them layer {bare[0]}"
         yield Problem(
