@@ -1,9 +1,10 @@
 """Whether two models are matched, axis by axis."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from memforge.cost import AXES, estimate
+from memforge.cost import AXES, as_number, estimate
 from memforge.errors import CheckFailedError, UsageError
 from memforge.plan import ModelPlan, Plan
 from memforge.spec.schema import ToleranceSpec
@@ -14,27 +15,34 @@ class Axis:
     """One figure of a model beside the baseline's. Without a tolerance it is shown, not judged."""
 
     name: str
-    value: int | float
-    baseline: int | float
+    value: Fraction | int
+    baseline: Fraction | int
     tolerance: float | None
 
     @property
     def ratio(self) -> float:
-        return self.value / self.baseline
+        return float(self.value / self.baseline)
 
     @property
     def ok(self) -> bool | None:
-        return None if self.tolerance is None else abs(self.ratio - 1) <= self.tolerance
+        if self.tolerance is None:
+            return None
+        # As it is written: the float nearest to 0.05 is not a twentieth, and large counts are not floats.
+        return abs(Fraction(self.value) - self.baseline) <= Fraction(str(self.tolerance)) * self.baseline
 
 
 @dataclass(frozen=True)
 class Parity:
-    """The verdict of one comparison: every axis with a tolerance lies within it."""
+    """The verdict of one comparison: every axis with a tolerance lies within it.
+
+    `caveats` are those of the baseline; every report repeats them beside the model's own.
+    """
 
     name: str
     baseline: str
     seq_len: int
     axes: tuple[Axis, ...]
+    caveats: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -42,8 +50,8 @@ class Parity:
 
     def failures(self) -> list[str]:
         return [
-            f"{self.name} against {self.baseline}: {a.name} {a.value:,} is {a.ratio:.4f} times {a.baseline:,}, "
-            f"outside 1 +- {a.tolerance:g}"
+            f"{self.name} against {self.baseline}: {a.name} {as_number(a.value):,} is {a.ratio:.4f} times "
+            f"{as_number(a.baseline):,}, outside 1 +- {a.tolerance:g}"
             for a in self.axes
             if a.ok is False
         ]
@@ -55,15 +63,31 @@ class Parity:
             "ok": self.ok,
             "axes": {
                 a.name: {
-                    "value": a.value,
-                    "baseline": a.baseline,
+                    "value": as_number(a.value),
+                    "baseline": as_number(a.baseline),
                     "ratio": a.ratio,
                     "tolerance": a.tolerance,
                     "ok": a.ok,
                 }
                 for a in self.axes
             },
+            "caveats": list(self.caveats),
         }
+
+
+def report_seq_len(plan: Plan, seq_len: int | None = None, baseline: ModelPlan | None = None) -> int:
+    """Tokens in a sequence at which a plan is reported and compared, so that one report has one length.
+
+    `seq_len` where it is given, that of [train], or the longest that the model and the baseline, by default that of its
+    claim, can take.
+    """
+    if seq_len is not None:
+        return seq_len
+    if plan.run.train is not None:
+        return plan.run.train.seq_len
+    if baseline is None and plan.parity is not None:
+        baseline = plan.parity.baseline
+    return plan.model.max_seq_len if baseline is None else min(plan.model.max_seq_len, baseline.max_seq_len)
 
 
 def compare(
@@ -72,27 +96,28 @@ def compare(
     baseline_name: str,
     baseline: ModelPlan,
     tolerance: ToleranceSpec,
-    seq_len: int | None = None,
+    seq_len: int,
 ) -> Parity:
-    """Every axis of `model` over that of `baseline`, both at `seq_len` tokens (by default the longest both can take).
+    """Every axis of `model` over that of `baseline`, both at `seq_len` tokens.
 
     Raises UsageError when one of them is shorter than `seq_len`.
     """
-    t = seq_len or min(model.max_seq_len, baseline.max_seq_len)
     for who, plan in ((name, model), (baseline_name, baseline)):
-        if t > plan.max_seq_len:
-            raise UsageError(f"{who} takes at most {plan.max_seq_len} tokens (model.max_seq_len), not {t}")
-    ours, theirs = estimate(model, seq_len=t).axes(), estimate(baseline, seq_len=t).axes()
+        if seq_len > plan.max_seq_len:
+            raise UsageError(f"{who} takes at most {plan.max_seq_len} tokens (model.max_seq_len), not {seq_len}")
+    ours, theirs = (estimate(plan, seq_len=seq_len).exact_axes() for plan in (model, baseline))
     axes = tuple(Axis(axis, ours[axis], theirs[axis], getattr(tolerance, axis)) for axis in AXES)
-    return Parity(name, baseline_name, t, axes)
+    caveats = tuple(f"{baseline_name}: {caveat}" for caveat in baseline.caveats())
+    return Parity(name, baseline_name, seq_len, axes, caveats)
 
 
 def claimed(plan: Plan, seq_len: int | None = None) -> Parity | None:
-    """The verdict on the plan's own [parity] claim."""
+    """The verdict on the plan's own [parity] claim, at the length of its reports."""
     claim = plan.parity
     if claim is None:
         return None
-    return compare(plan.name, plan.model, claim.name, claim.baseline, claim.tolerance, seq_len)
+    length = report_seq_len(plan, seq_len)
+    return compare(plan.name, plan.model, claim.name, claim.baseline, claim.tolerance, length)
 
 
 def require(parity: Parity | None) -> None:

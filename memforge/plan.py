@@ -116,6 +116,11 @@ class RunPlan(PlanModel):
     eval: EvalSpec
 
     @property
+    def dense_values(self) -> bool:
+        """Whether training updates every row of value pools in every step, not only those that were read."""
+        return self.train is not None and self.train.value_update == "dense"
+
+    @property
     def run_hash(self) -> str:
         return _hash(self)
 

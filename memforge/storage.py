@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name when the block ends well, and vanishes otherwise."""
+    """A temporary directory beside `target` that takes its place when the block ends well, and vanishes otherwise."""
     with storage_errors(target):
+        # By its real name: `out/../out` no longer leads anywhere once `out` has been moved aside.
+        target = Path(os.path.realpath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".tmp-{target.name}-{secrets.token_hex(4)}")
         temporary.mkdir()
@@ -39,16 +41,41 @@ def replaced_directory(target: Path) -> Iterator[Path]:
             for file in temporary.iterdir():
                 sync(file)
             sync(temporary)
-            if target.exists():
-                aside = temporary.with_name(temporary.name + "-old")
-                target.rename(aside)
-                temporary.rename(target)
-                shutil.rmtree(aside)
-            else:
-                temporary.rename(target)
-            sync(target.parent)
+            _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    """`new` takes the place of `target`, which is deleted; if that fails, `target` is again what it was."""
+    aside = new.with_name(f"{new.name}-old")
+    moves = _moves(new, target, aside)
+    try:
+        for source, destination in moves:
+            destination.parent.mkdir(exist_ok=True)
+            source.rename(destination)
+        sync(target)
+        sync(target.parent)
+    except BaseException:  # a signal too, which may come before a move or after it
+        for source, destination in reversed(moves):
+            if destination.exists() and not source.exists():
+                destination.rename(source)
+        with suppress(OSError):
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _moves(new: Path, target: Path, aside: Path) -> list[tuple[Path, Path]]:
+    """What is renamed to what, in order. The current directory stays and its entries are exchanged: a shell that
+    stands in it would not see one of the same name.
+    """
+    if not target.exists():
+        return [(new, target)]
+    if not target.samefile(Path()):
+        return [(target, aside), (new, target)]
+    old, fresh = sorted(target.iterdir()), sorted(new.iterdir())
+    return [*((entry, aside / entry.name) for entry in old), *((entry, target / entry.name) for entry in fresh)]
 
 
 def sync(path: Path) -> None:

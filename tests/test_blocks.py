@@ -12,8 +12,10 @@ from memforge.blocks import load_module, registry
 from memforge.blocks.attention.module import rotary_angles
 from memforge.blocks.attention.spec import Llama3Scaling, YarnScaling
 from memforge.blocks.base import KindPlan, Site
+from memforge.blocks.pools import Pools
 
 DIM = 12
+NO_POOLS = Pools(nn.ModuleDict())
 
 
 def block_of(kind: str, **given: Any) -> tuple[nn.Module, KindPlan]:
@@ -66,7 +68,7 @@ def test_peer_scores_every_expert_and_sums_the_best(activation: str, qk_norm: bo
             for weight, slot in zip(scores[best].softmax(0), best, strict=True):
                 y = y + weight * act(p["pool.down"][slot] @ token) * p["pool.up"][slot]
         out.append(y)
-    assert_same(block(x, nn.ModuleDict())[0][0], torch.stack(out), [x, *block.parameters()])
+    assert_same(block(x, NO_POOLS)[0][0], torch.stack(out), [x, *block.parameters()])
 
 
 def expert(moe: nn.Module, e: int, token: Tensor) -> Tensor:
@@ -92,11 +94,11 @@ def test_a_capacity_drops_the_last_tokens_of_a_full_expert(factor: float, top_k:
                 dropped += 1
         out.append(y)
     assert (dropped > 0) == (factor < 1) or factor == 1.0
-    assert_same(block.train()(x, nn.ModuleDict())[0][0], torch.stack(out), [x, *block.parameters()])
+    assert_same(block.train()(x, NO_POOLS)[0][0], torch.stack(out), [x, *block.parameters()])
     everyone = [
         sum(probs[i, e] * expert(block, e, token) for e in probs[i].topk(top_k).indices) for i, token in enumerate(x[0])
     ]
-    assert torch.allclose(block.eval()(x, nn.ModuleDict())[0][0], torch.stack(everyone), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(block.eval()(x, NO_POOLS)[0][0], torch.stack(everyone), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -109,7 +111,7 @@ def test_experts_choose_their_tokens_in_training_and_tokens_theirs_in_evaluation
     for e in range(3):
         for i in probs[:, e].topk(math.ceil(10 * top_k / 3)).indices.tolist():
             out[i] = out[i] + probs[i, e] * expert(block, e, x[0, i])
-    y, losses = block.train()(x, nn.ModuleDict())
+    y, losses = block.train()(x, NO_POOLS)
     assert_same(y[0], torch.stack(out), [x, *block.parameters()])
     assert losses.keys() == {"router_z"}
     assert torch.allclose(losses["router_z"], 0.1 * logits.exp().sum(-1).log().square().mean(), rtol=1e-10)
@@ -117,7 +119,7 @@ def test_experts_choose_their_tokens_in_training_and_tokens_theirs_in_evaluation
     chosen = [
         sum(probs[i, e] * expert(block, e, token) for e in probs[i].topk(top_k).indices) for i, token in enumerate(x[0])
     ]
-    y, losses = block.eval()(x, nn.ModuleDict())
+    y, losses = block.eval()(x, NO_POOLS)
     assert torch.allclose(y[0], torch.stack(chosen), rtol=1e-10, atol=1e-12)
     assert losses == {}
 
@@ -125,11 +127,11 @@ def test_experts_choose_their_tokens_in_training_and_tokens_theirs_in_evaluation
 def test_shared_experts_see_every_token() -> None:
     block, _ = block_of("moe", num_experts=2, hidden_dim=8, num_shared_experts=3)
     x = tokens(2, 5)
-    with_shared = block(x, nn.ModuleDict())[0]
+    with_shared = block(x, NO_POOLS)[0]
     shared = block.shared
     assert shared.w1.weight.shape == (24, DIM)
     block.shared = None
-    alone = block(x, nn.ModuleDict())[0]
+    alone = block(x, NO_POOLS)[0]
     naive = shared.w2(F.silu(shared.w1(x)) * shared.w3(x))
     assert torch.allclose(with_shared, alone + naive, rtol=1e-10, atol=1e-12)
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.errors import CheckFailedError, StorageError
-from memforge.export.directory import write_build
+from memforge.export.directory import FILES, write_build
 from memforge.export.graph import export_graph, readable
 from memforge.plan import make_plan, read_plan
 from memforge.profile.counter import require_exact
 from memforge.spec import load_spec
+from memforge.storage import replaced_directory
 from memforge.training.checkpoint import open_run
 
 SPECS = sorted((REPO / "specs").rglob("*.toml"))
@@ -125,6 +127,74 @@ def test_a_failed_build_keeps_the_one_before(small: Path, tmp_path: Path, monkey
         write_build(plan, tmp_path / "out")
     assert (tmp_path / "out" / "manifest.json").read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "small.toml"]
+
+
+def under(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["sub", "sub/../sub", ".", "absent/../sub", "sub/."])
+def test_a_build_is_replaced_however_its_directory_is_named(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = write(tmp_path / "sub" / "file", "old").parent
+    monkeypatch.chdir(target if name == "." else tmp_path)
+    stands_in = Path().stat().st_ino
+    with replaced_directory(Path(name)) as directory:
+        (directory / "fresh").write_text("new")
+    assert under(tmp_path) == {"sub/fresh": b"new"}
+    assert [p.name for p in tmp_path.iterdir()] == ["sub"]
+    assert Path().resolve().stat().st_ino == stands_in  # who stands in it sees the new one
+
+
+@pytest.mark.parametrize("name", ["sub", "."])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("nth", [0, 1, 2, 3])
+def test_a_directory_that_cannot_be_replaced_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, after: bool, nth: int
+) -> None:
+    target, rename, count = tmp_path / "sub", Path.rename, 0
+    for file in ("a", "b"):
+        write(target / file, f"old {file}")
+    monkeypatch.chdir(target if name == "." else tmp_path)
+
+    def fails_once(self: Path, destination: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count != nth + 1:
+            return rename(self, destination)
+        if after:
+            rename(self, destination)
+        raise error
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    before, caught = under(tmp_path), suppress(StorageError, KeyboardInterrupt)
+    with caught, replaced_directory(Path(name)) as directory:
+        for file in ("b", "c"):
+            (directory / file).write_text("new")
+    failed = nth < (4 if name == "." else 2)
+    assert under(tmp_path) == (before if failed else {"sub/b": b"new", "sub/c": b"new"})
+    assert [p.name for p in tmp_path.iterdir()] == ["sub"]
+
+
+def test_a_build_into_the_current_directory(small: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for _ in range(2):
+        done = memforge("build", small, "--out", ".", cwd=empty)
+        assert done.returncode == 0, done.stderr
+        assert sorted(p.name for p in empty.iterdir()) == sorted([*FILES, "manifest.json"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "small.toml"]
+
+
+def test_a_build_is_reported_at_the_length_of_training(small: Path, tmp_path: Path) -> None:
+    write(tmp_path / "dense.toml", SMALL)
+    spec = write(tmp_path / "claim.toml", SMALL + '\n[parity]\nagainst = "dense.toml"\n')
+    write_build(make_plan(load_spec(spec)), tmp_path / "out")
+    cost = json.loads((tmp_path / "out" / "cost.json").read_text())
+    assert (cost["seq_len"], cost["parity"]["seq_len"]) == (48, 48)
+    assert cost["parity"]["axes"]["flops"]["value"] == cost["flops_per_token"]["total"]
 
 
 def test_parity_that_fails_stops_the_build(tmp_path: Path) -> None:

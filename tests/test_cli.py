@@ -62,12 +62,24 @@ def test_profile_json_has_the_promised_shape() -> None:
     assert axes["flops"]["ok"] is cost["parity"]["ok"] is True
 
 
-def test_profile_fails_only_when_asked_to_compare(tmp_path: Path) -> None:
+def test_a_claim_that_fails_is_reported_in_full_and_exit_code_1(tmp_path: Path) -> None:
     write(tmp_path / "dense.toml", SMALL)
     claim = '\n[parity]\nagainst = "dense.toml"\n'
     spec = write(tmp_path / "wide.toml", SMALL.replace("hidden_dim = 48", "hidden_dim = 300") + claim)
     alone = memforge("profile", spec, "--json")
-    assert (alone.returncode, json.loads(alone.stdout)["parity"]["ok"]) == (0, False)
+    assert (alone.returncode, json.loads(alone.stdout)["parity"]["ok"]) == (1, False)
+    shown = memforge("profile", spec)
+    assert (shown.returncode, len(shown.stderr.splitlines())) == (1, 1)
+    assert "excluded: norms" in shown.stdout
+    assert "parity fails: small against small: flops" in shown.stderr
+    assert memforge("profile", spec, "--no-parity").returncode == 0
+    assert memforge("profile", spec, "--no-parity", "--against", tmp_path / "dense.toml").returncode == 2
+    checked, record = memforge("check", spec), memforge("check", spec, "--json")
+    assert (checked.returncode, len(checked.stdout.splitlines())) == (1, 1)
+    assert "not matched: small, 4 layers" in checked.stdout
+    assert "outside 1 +- 0.05" in checked.stderr
+    (error,) = json.loads(record.stdout)["errors"]
+    assert (record.returncode, json.loads(record.stdout)["ok"], error["key"]) == (1, False, "parity")
     for extra in ([], ["--json"]):
         assert memforge("profile", spec, "--against", tmp_path / "dense.toml", *extra).returncode == 1
     loose = memforge("profile", spec, "--against", tmp_path / "dense.toml", "--tolerance", "flops=9")
@@ -108,6 +120,69 @@ def test_mistakes_have_an_exit_code_and_one_screen(small: Path, args: list[str],
     assert "Traceback" not in done.stderr
     assert "internal error" not in done.stderr
     assert [p.name for p in small.parent.iterdir()] == ["small.toml"]
+
+
+def test_one_report_has_one_length(tmp_path: Path) -> None:
+    write(tmp_path / "dense.toml", SMALL.replace("max_seq_len = 96", "max_seq_len = 64"))
+    claim = '\n[parity]\nagainst = "dense.toml"\ntolerance = { params = 0 }\n'
+    spec = write(tmp_path / "claim.toml", SMALL + claim)
+    untrained = write(tmp_path / "untrained.toml", SMALL[: SMALL.index("[train]")] + claim)
+    against = ["--against", tmp_path / "dense.toml"]
+    cases: list[tuple[list[object], int]] = [([spec], 48), ([spec, "--seq-len", 20], 20), ([untrained], 64)]
+    cases += [([*args, *against], length) for args, length in cases]
+    for args, length in cases:
+        done = memforge("profile", *args, "--json")
+        assert done.returncode == 0, done.stderr
+        cost = json.loads(done.stdout)
+        assert (cost["seq_len"], cost["parity"]["seq_len"]) == (length, length)
+        assert cost["parity"]["axes"]["flops"]["value"] == cost["flops_per_token"]["total"]
+    checked = json.loads(memforge("check", spec, "--json").stdout)
+    assert checked["parity"]["seq_len"] == 48
+    assert checked["parity"]["axes"]["flops"]["value"] == checked["flops"]
+    longer = memforge("profile", spec, *against, "--seq-len", 80)
+    assert (longer.returncode, "takes at most 64 tokens" in longer.stderr) == (2, True)
+
+
+def test_the_claim_of_a_spec_compared_with_does_not_matter(tmp_path: Path) -> None:
+    other = write(tmp_path / "other.toml", SMALL + '\n[parity]\nagainst = "absent.toml"\n')
+    done = memforge("profile", write(tmp_path / "small.toml", SMALL), "--against", other)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["flops=1000"], "flops=1000: X must be a number from 0 to 100"),
+        (["flops=inf"], "from 0 to 100"),
+        (["flops=nan"], "from 0 to 100"),
+        (["flops=-1"], "from 0 to 100"),
+        (["flops=wide"], "from 0 to 100"),
+        (["flops=1=2"], "from 0 to 100"),
+        (["flops"], "expected AXIS=X with AXIS in params, active_params, flops, bytes"),
+        (["flops=1", " flops = 2"], "flops has a tolerance already"),
+    ],
+)
+def test_tolerances_that_mean_nothing_are_refused(small: Path, given: list[str], message: str) -> None:
+    options = [part for item in given for part in ("--tolerance", item)]
+    done = memforge("profile", small, "--against", small, *options)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "raised", ["ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "ImportError('x')"]
+)
+def test_a_missing_package_is_named(small: Path, tmp_path: Path, raised: str) -> None:
+    blocked = write(tmp_path / "blocked" / "torch" / "__init__.py", f"raise {raised}\n").parent.parent
+    path = os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")])
+    commands = (["build", small, "--out", tmp_path / "out"], ["train", small, "--out", tmp_path / "run"])
+    for command in (*commands, ["profile", small, "--device", "cpu"], ["eval", tmp_path], ["generate", ".", "-p", "x"]):
+        done = memforge(*command, PYTHONPATH=path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (3, 1), done.stderr
+        assert done.stderr.startswith("error: this command needs torch, which is not installed")
+        assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_is_one_line(small: Path) -> None:
@@ -168,10 +243,23 @@ def test_what_looks_ahead_is_said_in_every_report(tmp_path: Path) -> None:
         tmp_path / "moe.toml", SMALL.replace("top_k = 2, hidden_dim = 24", 'router = "expert_choice", hidden_dim = 24')
     )
     out, run = tmp_path / "out", tmp_path / "run"
-    for command in (["profile", spec], ["build", spec, "--out", out], ["train", spec, "--out", run], ["eval", run]):
+    causal = write(tmp_path / "causal.toml", SMALL)
+    commands = (
+        ["check", spec],
+        ["profile", spec],
+        ["profile", causal, "--against", spec, "--tolerance", "flops=1"],
+        ["build", spec, "--out", out],
+        ["train", spec, "--out", run],
+        ["eval", run],
+    )
+    for command in commands:
         done = memforge(*command)
         assert done.returncode == 0, done.stderr
         assert "layers.3.moe: expert choice is not causal" in done.stdout + done.stderr, command
     (caveat,) = json.loads(memforge("profile", spec, "--json").stdout)["caveats"]
     assert caveat.startswith("layers.3.moe: expert choice is not causal")
     assert json.loads((out / "cost.json").read_text())["caveats"] == [caveat]
+    for command in (["check", spec], ["build", spec, "--out", out]):
+        assert json.loads(memforge(*command, "--json").stdout)["caveats"] == [caveat]
+    compared = json.loads(memforge(*commands[2], "--json").stdout)
+    assert (compared["caveats"], compared["parity"]["caveats"]) == ([], [f"small: {caveat}"])

@@ -15,13 +15,14 @@ from memforge.blocks.ffn.module import Ffn
 from memforge.cost import estimate
 from memforge.cost.access import distinct_uniform, distinct_zipf
 from memforge.cost.devices import Device
+from memforge.cost.ledger import touched
 from memforge.cost.mesh import Mesh, parse_mesh, per_rank
 from memforge.cost.roofline import roofline
 from memforge.errors import CheckFailedError, UsageError
 from memforge.plan import Plan, make_plan
 from memforge.profile.counter import require_exact
 from memforge.profile.measure import measure_step
-from memforge.report.cost import kind_table, layer_table, roofline_table, show_tables, traffic_table
+from memforge.report.cost import kind_table, layer_table, roofline_table, show_tables, si, traffic_table
 from memforge.spec import load_spec
 
 DEMO = REPO / "specs" / "demo"
@@ -48,14 +49,23 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(name: str, checkpointed:
     assert measured.process > measured.peak / 2
 
 
-def test_the_gradient_of_a_large_pool_makes_the_peak() -> None:
+def test_the_dense_gradient_of_a_large_pool_makes_the_peak() -> None:
     """Three readers of one pool: the second and third gradient stand beside the sum of those before."""
-    plan = demo("memory", "pool.facts.num_sub_keys=300")
-    predicted = estimate(plan.model, batch=2, seq_len=8).memory
+    plan = demo("memory", "pool.facts.num_sub_keys=300", "train.value_update=dense")
+    predicted = estimate(plan.model, batch=2, seq_len=8, dense_values=True).memory
     assert predicted.peak_in.startswith("backward of layer")
     pool = 4 * 300**2 * 128
     assert predicted.peak > 3 * pool + 2 * pool
     assert measure_step(plan, 2, 8).peak == pytest.approx(predicted.peak, rel=0.1)
+
+
+def test_by_rows_a_pool_takes_nothing_but_weights_and_moments() -> None:
+    small, large = (demo("memory", f"pool.facts.num_sub_keys={s}") for s in (100, 400))
+    peaks = [estimate(plan.model, batch=2, seq_len=8).memory.peak for plan in (small, large)]
+    grown = sum(row.numel for row in large.model.params) - sum(row.numel for row in small.model.params)
+    assert 3 * 4 * grown <= peaks[1] - peaks[0] <= 3.1 * 4 * grown
+    for plan, peak in zip((small, large), peaks, strict=True):
+        assert measure_step(plan, 2, 8).peak == pytest.approx(peak, rel=0.1)
 
 
 def test_a_tied_embedding_has_three_gradients_at_once() -> None:
@@ -120,7 +130,7 @@ def test_a_roofline_is_the_slower_of_computing_and_moving() -> None:
     line = roofline([("ffn", moving)], 10, 5, device)
     assert line.forward == pytest.approx(max(256 / 1000, (16 + 64) * 2 / 100))
     assert line.backward == pytest.approx(max(512 / 1000, (32 + 128) * 2 / 100))
-    assert (line.update, line.update_rows) == (pytest.approx(10 / 100), pytest.approx(5 / 100))
+    assert (line.update, line.update_dense) == (pytest.approx(10 / 100), pytest.approx(5 / 100))
     assert line.memory_bound == 1
     computing = OpCost("w", 10**6, 10**6, traffic=Traffic(1, 1, 1, 1, dtype="float32"))
     line = roofline([("a", moving), ("b", computing)], 10, 5, device)
@@ -220,7 +230,7 @@ def test_element_wise_ops_of_a_block_are_free(monkeypatch: pytest.MonkeyPatch) -
 def test_a_step_beyond_the_machine_is_not_measured() -> None:
     done = memforge("profile", REPO / "specs" / "paper" / "memory-plus-1.3b-64m.toml", "--measure")
     assert done.returncode == 3
-    assert "takes 2," in done.stderr
+    assert "takes 1,7" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -233,7 +243,7 @@ def test_unknown_devices_and_meshes_are_refused_with_the_known_ones(arguments: l
 
 def test_numbers_are_never_cut_on_a_narrow_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    narrow = Console(file=screen, width=40, force_terminal=True, color_system=None, highlight=False)
+    narrow = Console(file=screen, width=40, height=25, force_terminal=True, color_system=None, highlight=False)
     monkeypatch.setattr("memforge.report.cost.console", lambda: narrow)
     plan = make_plan(load_spec(REPO / "specs" / "paper" / "memory-plus-1.3b-64m.toml"))
     cost = estimate(plan.model).as_dict()
@@ -260,3 +270,29 @@ def test_an_update_moves_bytes_of_the_type_that_is_stored() -> None:
     written = [cost["bytes_per_batch"]["dense_update"]["written"] for cost in costs]
     assert (reads[0] - reads[1], written[0] - written[1]) == (4 * values, 2 * values)
     assert reads[0] == 16 * sum(row.numel for row in full.params)
+
+
+def test_experts_that_choose_are_all_read_by_every_batch() -> None:
+    chosen = ("place.0.block.num_experts=64", "place.0.block.top_k=2")
+    by_tokens = estimate(demo("moe", *chosen).model, batch=1, seq_len=4)
+    choosing = ('place.0.block.router="expert_choice"', "place.0.block.load_balance_coef=0.0")
+    by_experts = estimate(demo("moe", *chosen, *choosing).model, batch=1, seq_len=4)
+    tables = ("layers.1.moe.w1", "layers.1.moe.w2", "layers.1.moe.w3")
+    for report, at_most in ((by_tokens, 8), (by_experts, 64)):
+        rows = {row.path: row for row in report.params}
+        assert {rows[path].active for path in tables} == {2 * 128 * 320}
+        for path in tables:
+            assert all(at_most - 2 <= rows_read <= at_most for rows_read in touched(rows[path], 4).values())
+    # Four tokens of 1,024 rows are all that is not read in whole.
+    batch = by_experts.as_dict()["bytes_per_batch"]
+    unread = 4 * 128 * (1024 - 4)
+    for access in ("uniform", "zipf"):
+        assert batch[access]["read"] == pytest.approx(4 * by_experts.axes()["params"] - unread, rel=1e-3)
+        assert batch[access]["written"] == pytest.approx(batch["dense_update"]["written"] - 3 * unread, rel=1e-3)
+
+
+def test_large_numbers_have_a_prefix() -> None:
+    shown = [si(2.955 * 10**power, "B") for power in (3, 4, 15, 18, 20, 21, 24, 27)]
+    assert shown == [
+        "2,955 B", "29.55 kB", "2.955 PB", "2.955 EB", "295.5 EB", "2.955 ZB", "2.955 YB", "2955 YB",
+    ]  # fmt: skip

@@ -8,6 +8,7 @@ from conftest import SMALL, write
 from torch import Tensor, nn
 
 from memforge.blocks.base import Init
+from memforge.blocks.pools import Pools
 from memforge.build import build_model
 from memforge.nn.init import CHUNK, draws
 from memforge.plan import ModelPlan, make_plan
@@ -123,7 +124,7 @@ def test_memory_is_what_the_paper_says(tmp_path: Path, gate: str, qk_norm: bool,
     text = three_readers(gate).replace("num_sub_keys = 8", f"num_sub_keys = 8\nvalue_dim = {value_dim}")
     text = text.replace(f'gate = "{gate}"', f'gate = "{gate}", qk_norm = {str(qk_norm).lower()}')
     model = build_model(plan_of(tmp_path / "s.toml", text), seed=2).double()
-    block, pools = model.get_submodule("layers.1.memory"), model.get_submodule("pool")
+    block, pools = model.get_submodule("layers.1.memory"), Pools(model.pool)
     values = model.get_parameter("pool.facts.values")
     x = torch.randn(1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     wanted = [x, values, *block.parameters()]

@@ -1,6 +1,7 @@
 """The plan and the ledger: exact, complete, torch-free."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from memforge.blocks.memory.spec import MemorySpec
 from memforge.blocks.values.spec import ValuesSpec
 from memforge.cost import estimate
 from memforge.errors import CheckFailedError, StorageError, UsageError
-from memforge.parity import claimed, require
+from memforge.parity import Axis, claimed, report_seq_len, require
 from memforge.plan import make_plan, plan_from_json
 from memforge.spec import load_spec
+
+TRAIN = SMALL[SMALL.index("[train]") :]
 
 
 def test_plans_round_trip_and_notice_changes(small: Path) -> None:
@@ -122,9 +125,33 @@ def test_both_models_are_compared_at_the_same_length(tmp_path: Path) -> None:
     plan = make_plan(load_spec(write(tmp_path / "long.toml", long)))
     parity = claimed(plan)
     assert parity is not None
-    assert (parity.seq_len, parity.ok) == (96, True)
+    assert (parity.seq_len, parity.ok) == (48, True)  # train.seq_len
     with pytest.raises(UsageError, match="short takes at most 96 tokens"):
         claimed(plan, 192)
+    untrained = make_plan(load_spec(write(tmp_path / "long.toml", long.replace(TRAIN, ""))))
+    assert [report_seq_len(p) for p in (plan, untrained)] == [48, 96]
+    assert report_seq_len(untrained, baseline=untrained.model) == 192
+    assert report_seq_len(untrained, 7) == 7
+
+
+def test_tolerances_are_compared_as_they_are_written() -> None:
+    # 210 / 200 - 1 is a little more than 0.05 in floats, and floats beyond 2**53 are even.
+    assert Axis("params", 210, 200, 0.05).ok
+    assert not Axis("params", 211, 200, 0.05).ok
+    large = 18_016_666_408_058_944
+    assert Axis("params", large, large, 0.0).ok
+    assert not Axis("params", large + 2, large, 0.0).ok
+    assert Axis("flops", Fraction(1, 3), Fraction(1, 3), 1e-300).ok
+    assert Axis("flops", Fraction(10), Fraction(9), None).ok is None
+
+
+def test_flops_per_token_are_compared_unrounded(tmp_path: Path) -> None:
+    limited = SMALL.replace("top_k = 2, hidden_dim = 24", "hidden_dim = 24, capacity_factor = 0.7")
+    report = estimate(make_plan(load_spec(write(tmp_path / "moe.toml", limited))).model, seq_len=37)
+    exact = report.exact_axes()["flops"]
+    assert exact.denominator > 1
+    assert exact * report.tokens == sum(report.flops())
+    assert report.axes()["flops"] == float(exact)
 
 
 def test_a_parity_claim_names_axis_numbers_and_tolerance(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ EDITS = {
     "defined-twice": ("hidden_dim = 48", "hidden_dim = 48\nhidden_dim = 49"),
     "unread-pool": ("[ffn]", "[pool.unused]\nnum_sub_keys = 4\n\n[ffn]"),
     "small-vocabulary": ("vocab_size = 300", "vocab_size = 200"),
+    "empty-tolerance": ("[data]", '[parity]\nagainst = "bad.toml"\ntolerance = {}\n\n[data]'),
+    "catch-up-betas": ("[train]\n", '[train]\nvalue_update = "catch_up"\nbetas = [0.9, 0.8]\n'),
+    "sgd-catches-up": ("[train]\n", '[train]\nvalue_update = "catch_up"\nvalue_optimizer = "sgd"\n'),
     "missing-data": ('kind = "facts"\nnum_facts = 12', 'kind = "text"\npath = "absent.txt"'),
 }
 
@@ -79,6 +82,23 @@ def test_a_misspelt_required_key_is_one_error(small: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(write(small, SMALL.replace("num_layers", "num_layer")))
     assert [d.message for d in caught.value.diagnostics] == ["unknown key `num_layer`"]
+
+
+def test_a_misspelt_axis_is_one_error(small: Path) -> None:
+    claim = '\n[parity]\nagainst = "small.toml"\ntolerance = { flop = 0.1 }\n'
+    with pytest.raises(SpecError) as caught:
+        load_spec(write(small, SMALL + claim))
+    assert [d.message for d in caught.value.diagnostics] == ["unknown key `flop`"]
+
+
+def test_a_baseline_shorter_than_the_training_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "short.toml", SMALL.replace("max_seq_len = 96", "max_seq_len = 40").replace("seq_len = 48\n", ""))
+    write(tmp_path / "bad.toml", SMALL + '\n[parity]\nagainst = "short.toml"\n')
+    golden("errors/short-baseline.txt", "\n".join(errors_of(Path("bad.toml"))) + "\n")
+    load_spec("bad.toml", overrides=["train.seq_len=40"])
 
 
 def test_at_most_25_lines_and_the_rest_counted(small: Path) -> None:
@@ -353,3 +373,21 @@ def test_rope_scaling_that_means_nothing_is_refused(tmp_path: Path, scaling: str
     with pytest.raises(SpecError) as caught:
         load_spec(write(tmp_path / "s.toml", text))
     assert any(message in d.message or message in ".".join(map(str, d.key)) for d in caught.value.diagnostics)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "message"),
+    [
+        ("value_update=dense", "bfloat16", "dense updates of a bfloat16 pool would lose small ones"),
+        ("value_rounding=stochastic", "float16", "a float16 pool is not rounded stochastically"),
+    ],
+)
+def test_pools_in_16_bits_are_updated_so_that_nothing_is_lost(
+    key: str, dtype: str, message: str, tmp_path: Path
+) -> None:
+    spec = write(tmp_path / "s.toml", SMALL)
+    with pytest.raises(SpecError) as caught:
+        load_spec(spec, overrides=[f"train.{key}", f"pool.facts.dtype={dtype}"])
+    lines = render(caught.value.diagnostics)
+    assert message in lines[0]
+    assert any(f"{dtype} is set here" in line for line in lines)

@@ -54,10 +54,14 @@ def constant(value: float) -> Init:
 
 
 class RowReads(PlanModel):
-    """How one token reads a table: `draws` independent choices of `rows` distinct entries of dimension 0."""
+    """How one token reads a table: `draws` independent choices of `rows` distinct entries of dimension 0.
+
+    `whole_per_batch`: a batch reads every entry, however few of them one token reads.
+    """
 
     draws: int
     rows: int
+    whole_per_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,10 @@ class KindPlan(PlanModel):
 
     def scratch(self, batch: int, seq_len: int) -> Scratch:
         return Scratch()
+
+    def factors(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        """What is kept until the update of the pool's rows: their gradient, in the factors it is made of."""
+        return ()
 
     def pool_path(self) -> str | None:
         """The pool this block reads, if any."""

@@ -1,6 +1,7 @@
 """The command line: a thin shell over the Python API. It parses arguments, prints, and picks exit codes."""
 
 import os
+import re
 import traceback
 from typing import Annotated, Any
 
@@ -11,9 +12,11 @@ from memforge import __version__
 from memforge.cli import build, profile, runs, specs
 from memforge.errors import InterruptedRunError, MemforgeError, SpecError, Stopped, printable
 from memforge.report.console import forget_stdout, plain, print_json
-from memforge.report.diagnostics import show
+from memforge.report.diagnostics import error_record, show
 
 INTERNAL_ERROR = 70
+# What only some commands import, and only when they run.
+PACKAGES = frozenset(("torch", "triton", "numpy", "numba", "safetensors", "tokenizers"))
 
 
 class _Group(TyperGroup):
@@ -48,9 +51,7 @@ class _Group(TyperGroup):
 
 
 def _print_errors(errors: list[dict[str, Any]]) -> None:
-    """Every error has the same keys; those about no place in a file leave it null."""
-    place = dict.fromkeys(("file", "line", "column", "end_column", "key", "help"))
-    print_json({"ok": False, "errors": [{**place, "related": [], **error} for error in errors]})
+    print_json({"ok": False, "errors": [error_record(error) for error in errors]})
 
 
 def _explained(error: BaseException) -> tuple[int, str]:
@@ -67,10 +68,21 @@ def _explained(error: BaseException) -> tuple[int, str]:
     # torch reports an allocation that failed as a RuntimeError on a CPU and as OutOfMemoryError on a GPU.
     if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
         return 3, f"error: out of memory: {text}"
+    if isinstance(error, ImportError) and (package := _unimportable(error)) is not None:
+        why = "" if isinstance(error, ModuleNotFoundError) and error.name == package else f" properly: {text}"
+        return 3, f"error: this command needs {package}, which is not installed{why}"
     if isinstance(error, OSError):
         return 4, f"error: {error.filename or 'storage'}: {error.strerror or error}"
     hint = "this is a bug in memforge; MEMFORGE_TRACEBACK=1 shows where"
     return INTERNAL_ERROR, f"internal error: {type(error).__name__}: {text} ({hint})"
+
+
+def _unimportable(error: ImportError) -> str | None:
+    """The package whose import failed, if it is one of PACKAGES: the one that is named or the innermost imported."""
+    lines = reversed(traceback.extract_tb(error.__traceback__))
+    found = (re.match(r"(?:from|import)\s+(\w+)", line.line or "") for line in lines)
+    names = [error.name or "", *(match[1] for match in found if match)]
+    return next((top for name in names if (top := name.partition(".")[0]) in PACKAGES), None)
 
 
 app = typer.Typer(

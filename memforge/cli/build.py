@@ -35,7 +35,7 @@ def build(
     """Validate, plan, prove the budget, export the graph; write the build directory."""
     from memforge.cost import estimate
     from memforge.cost.mesh import parse_mesh
-    from memforge.parity import claimed, require
+    from memforge.parity import claimed, report_seq_len, require
     from memforge.plan import make_plan
     from memforge.report.cost import cost_record
 
@@ -44,7 +44,7 @@ def build(
         raise UsageError("--plan-only writes nothing: --out and --emit have no meaning with it")
     ranks = None if mesh is None else parse_mesh(mesh)
     plan = make_plan(load(spec, set_, spec_root))
-    cost = estimate(plan.model, mesh=ranks).as_dict()
+    cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=ranks, dense_values=plan.run.dense_values).as_dict()
     parity = claimed(plan)
     if not no_parity:
         require(parity)
@@ -60,7 +60,7 @@ def build(
 
         manifest = write_build(plan, target, aten=Weights(seed, weights) if emit else None, mesh=ranks)
     if json_:
-        print_json({"directory": str(target), **manifest})
+        print_json({"directory": str(target), "caveats": cost["caveats"], **manifest})
     else:
         _print_plan(plan, cost, parity)
         _print_written(cost, manifest, target)
@@ -80,13 +80,14 @@ def _print_plan(plan: Any, cost: dict[str, Any], parity: Any) -> None:
     from memforge.report.cost import kind_table, mesh_table, parity_table, show_tables
 
     page = console()
-    page.print(f"{plan.name}  {plan.model.num_layers} layers  seq_len {plan.model.max_seq_len}\n", soft_wrap=True)
+    page.print(f"{plan.name}  {plan.model.num_layers} layers  seq_len {cost['seq_len']}\n", soft_wrap=True)
     tables = [kind_table(cost)]
     if cost["mesh"] is not None:
         tables.append(mesh_table(cost["mesh"]))
-    if parity is not None:
-        tables.append(parity_table(parity.as_dict()))
-    show_tables(tables, cost)
+    verdict = None if parity is None else parity.as_dict()
+    if verdict is not None:
+        tables.append(parity_table(verdict))
+    show_tables(tables, cost, verdict)
 
 
 def _print_written(cost: dict[str, Any], manifest: dict[str, Any], target: Path) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,15 @@ def load(
     return load_spec(
         path, overrides=overrides or (), spec_root=spec_root, data_root=data_root, require_data=require_data
     )
+
+
+def end_with(parity: Any, *, as_json: bool) -> None:
+    """Exit code 1 after the report of a comparison that fails. A JSON document has said why; else stderr does."""
+    from memforge.parity import require
+
+    if as_json and parity is not None and not parity.ok:
+        raise typer.Exit(1)
+    require(parity)
 
 
 def torch_device(name: str | None) -> str:

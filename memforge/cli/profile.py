@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.options import Json, MeshOption, Set, SpecPath, SpecRoot, load
+from memforge.cli.options import Json, MeshOption, NoParity, Set, SpecPath, SpecRoot, end_with, load
 from memforge.errors import UsageError, printable
 from memforge.report.console import console, print_json
 
@@ -21,7 +21,8 @@ def profile(
         typer.Option("--tolerance", metavar="AXIS=X", help="Judge AXIS (params, active_params, flops, bytes)."),
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence; default: train.seq_len, or model.max_seq_len.")
+        int | None,
+        typer.Option(help="Tokens in a sequence; default: train.seq_len, or the longest that all models take."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences; default: train.batch_size, or 1.")] = None,
     device: Annotated[
@@ -34,44 +35,42 @@ def profile(
     ] = False,
     set_: Set = None,
     spec_root: SpecRoot = None,
+    no_parity: NoParity = False,
     json_: Json = False,
 ) -> None:
     """The ledger: parameters, FLOPs, bytes, memory and time, and the verdict on parity. Torch only to measure."""
     from memforge.cost import estimate
     from memforge.cost.mesh import parse_mesh
-    from memforge.parity import claimed, compare, require
+    from memforge.parity import claimed, report_seq_len
     from memforge.plan import make_plan
     from memforge.report import cost as tables
-    from memforge.spec.schema import DEFAULT_TOLERANCE
+    from memforge.spec import load_baseline
 
     if tolerance and against is None:
         raise UsageError("--tolerance needs --against; a spec's own claim has its tolerance in [parity]")
+    if no_parity and against is not None:
+        raise UsageError("--no-parity is about the spec's own claim; --against compares with another spec instead")
     plan = make_plan(load(spec, set_, spec_root))
+    other = None if against is None else make_plan(load_baseline(against, spec_root=spec_root))
+    length = report_seq_len(plan, seq_len, None if other is None else other.model)
     run = plan.run.train
     report = estimate(
         plan.model,
         batch=batch if batch is not None else run.batch_size if run is not None else 1,
-        seq_len=seq_len if seq_len is not None or run is None else run.seq_len,
+        seq_len=length,
         mesh=None if mesh is None else parse_mesh(mesh),
         devices=_devices(device),
+        dense_values=plan.run.dense_values,
     )
-    if against is None:
-        parity = claimed(plan, seq_len)
-    else:
-        other = make_plan(load(against, None, spec_root))
-        allowed = plan.parity.tolerance if plan.parity is not None else DEFAULT_TOLERANCE
-        allowed = _tolerance(tolerance) if tolerance else allowed
-        parity = compare(plan.name, plan.model, other.name, other.model, allowed, seq_len)
+    parity = claimed(plan, length) if other is None else _compared(plan, other, tolerance, length)
     measured = _measured(plan, report) if measure else None
     cost = report.as_dict()
     if json_:
         print_json(tables.cost_record(plan.name, cost, parity) | {"measured": measured})
     else:
         _print_profile(plan.name, cost, parity.as_dict() if parity else None, measured)
-    if against is not None:
-        if json_ and parity is not None and not parity.ok:
-            raise typer.Exit(1)
-        require(parity)
+    if not no_parity:
+        end_with(parity, as_json=json_)
 
 
 def _devices(names: list[str] | None) -> list[Any]:
@@ -110,17 +109,42 @@ def _measured(plan: Any, report: Any) -> dict[str, Any]:
     return {"activation_checkpointing": checkpointed, **asdict(step)}
 
 
-def _tolerance(given: list[str]) -> Any:
-    from pydantic import ValidationError
+def _compared(plan: Any, other: Any, tolerance: list[str] | None, seq_len: int) -> Any:
+    """The verdict on --against, with the tolerance of the command line, of the spec's own claim, or the default."""
+    from memforge.parity import compare
+    from memforge.spec.schema import DEFAULT_TOLERANCE
 
-    from memforge.cost import AXES
+    allowed = plan.parity.tolerance if plan.parity is not None else DEFAULT_TOLERANCE
+    allowed = _tolerance(tolerance) if tolerance else allowed
+    return compare(plan.name, plan.model, other.name, other.model, allowed, seq_len)
+
+
+def _tolerance(given: list[str]) -> Any:
     from memforge.spec.schema import ToleranceSpec
 
+    found: dict[str, float] = {}
+    for item in given:
+        axis, number = _tolerance_of_axis(item)
+        if axis in found:
+            raise UsageError(f"--tolerance {printable(item)}: {axis} has a tolerance already")
+        found[axis] = number
+    return ToleranceSpec.model_validate(found)
+
+
+def _tolerance_of_axis(item: str) -> tuple[str, float]:
+    from memforge.cost import AXES
+    from memforge.spec.schema import MAX_TOLERANCE
+
+    axis, equals, text = (part.strip() for part in item.partition("="))
+    if not equals or axis not in AXES:
+        raise UsageError(f"--tolerance {printable(item)}: expected AXIS=X with AXIS in {', '.join(AXES)}")
     try:
-        pairs = [item.split("=") for item in given]
-        return ToleranceSpec.model_validate({axis.strip(): float(number) for axis, number in pairs})
-    except (ValueError, ValidationError):
-        raise UsageError(f"--tolerance {' '.join(given)}: expected AXIS=X with AXIS in {', '.join(AXES)}") from None
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= MAX_TOLERANCE:  # false for nan
+        raise UsageError(f"--tolerance {printable(item)}: X must be a number from 0 to {MAX_TOLERANCE}")
+    return axis, number
 
 
 def _print_profile(
@@ -147,7 +171,7 @@ def _print_profile(
         shown.append(tables.mesh_table(cost["mesh"]))
     if parity is not None:
         shown.append(tables.parity_table(parity))
-    tables.show_tables(shown, cost)
+    tables.show_tables(shown, cost, parity)
     page.print()
     for line in tables.conventions():
         page.print(line, style="dim", soft_wrap=True)

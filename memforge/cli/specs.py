@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.options import DataRoot, Json, Set, SpecPath, SpecRoot, load
+from memforge.cli.options import DataRoot, Json, Set, SpecPath, SpecRoot, end_with, load
 from memforge.errors import StorageError, UsageError, printable
 from memforge.report.console import plain, print_json
 
@@ -37,22 +37,48 @@ def check(
     data_root: DataRoot = None,
     json_: Json = False,
 ) -> None:
-    """Validate a spec; all errors at once, each with file, line and column."""
+    """Validate a spec; all errors at once, each with file, line and column. Exit 1 if its [parity] claim fails."""
     from memforge.cost import estimate
-    from memforge.parity import claimed
+    from memforge.parity import claimed, report_seq_len
     from memforge.plan import make_plan
-    from memforge.report.cost import si
 
     plan = make_plan(load(spec, set_, spec_root, data_root=data_root, require_data=True))
-    axes, parity = estimate(plan.model).axes(), claimed(plan)
+    axes, parity = estimate(plan.model, seq_len=report_seq_len(plan)).axes(), claimed(plan)
+    caveats = [*plan.model.caveats(), *(parity.caveats if parity else ())]
     if json_:
-        record = {"ok": True, "name": plan.name, "model_hash": plan.model.model_hash, "errors": [], **axes}
-        print_json(record | {"parity": parity.as_dict() if parity else None})
-        return
-    verdict = f"; parity with {parity.baseline} {'holds' if parity.ok else 'FAILS'}" if parity else ""
-    plain(
-        f"{printable(str(spec))}: ok: {plan.name}, {plan.model.num_layers} layers, {axes['params']:,} parameters "
-        f"({axes['active_params']:,} active), {si(axes['flops'], 'FLOP')} per token{verdict}"
+        print_json(_check_record(plan, axes, parity))
+    else:
+        plain(f"{printable(str(spec))}: {_check_line(plan, axes, parity)}")
+        for caveat in caveats:
+            plain(f"note: {caveat}", stderr=True)
+    end_with(parity, as_json=json_)
+
+
+def _check_record(plan: Any, axes: dict[str, Any], parity: Any) -> dict[str, Any]:
+    """The ledger's axes and the verdict; the errors of a plan are those of its claim."""
+    from memforge.report.diagnostics import error_record
+
+    failures = parity.failures() if parity else ()
+    return {
+        "ok": not failures,
+        "name": plan.name,
+        "model_hash": plan.model.model_hash,
+        "errors": [error_record({"message": f"parity fails: {why}", "key": "parity"}) for why in failures],
+        **axes,
+        "parity": parity.as_dict() if parity else None,
+        "caveats": list(plan.model.caveats()),
+    }
+
+
+def _check_line(plan: Any, axes: dict[str, Any], parity: Any) -> str:
+    from memforge.report.cost import si
+
+    matched = parity is None or parity.ok
+    verdict = f"; parity with {parity.baseline} {'holds' if matched else 'FAILS'}" if parity else ""
+    return (
+        f"{'ok' if matched else 'not matched'}: {plan.name}, {plan.model.num_layers} layers, "
+        f"{axes['params']:,} parameters ({axes['active_params']:,} active), "
+        f"{si(axes['flops'], 'FLOP')} per token{verdict}"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from memforge.blocks.base import BYTES_PER_ELEMENT, OpCost, matmul_cost
 from memforge.cost.access import distinct_uniform, distinct_zipf
 from memforge.cost.devices import DEVICES, Device
-from memforge.cost.memory import StepMemory, step_memory
+from memforge.cost.memory import StepMemory, step_memory, updated_by_rows
 from memforge.cost.mesh import Mesh, per_rank
 from memforge.cost.roofline import Roofline, roofline, update_bytes
 from memforge.errors import UsageError
@@ -30,13 +30,15 @@ CONVENTIONS = (
     "experts, heads*top_k value rows per reader",
     "bytes read: of parameters, by one token with nothing cached, by a batch every row once; written: by a row-wise "
     "AdamW update, weight and two fp32 moments of each element that a token or a batch touches",
-    "rows touched by a batch: expected, when all rows are equally likely, and when row i has probability ~ 1/i (Zipf)",
-    "memory: training in fp32 with dense gradients and AdamW; activations are what autograd keeps in eager mode",
+    "rows touched by a batch: expected, when all rows are equally likely, and when row i has probability ~ 1/i (Zipf); "
+    "all experts where they choose the tokens",
+    "memory: training in fp32 with AdamW, pools by the rows that were read, whose gradient stays in factors; "
+    "activations are what autograd keeps in eager mode",
     "mesh: dense parameters by rows over dp_shard x memory ranks, pools by columns over memory, a copy on every other "
     "rank; activations are not in it",
-    "roofline: the least time by peak FLOPs and bandwidth, each row and weight moved once; the update is dense, as it "
-    "is now; in bf16 on named devices, pools and update in the types they are stored in; memory-bound is a share of "
-    "forward and backward time",
+    "roofline: the least time by peak FLOPs and bandwidth, each row and weight moved once; the update moves all but "
+    "rows of pools that no token read (uniform); in bf16 on named devices, pools and update in the types they are "
+    "stored in; memory-bound is a share of forward and backward time",
 )
 EXCLUDED = (
     "norms",
@@ -85,11 +87,15 @@ class CostReport:
 
     def axes(self) -> dict[str, int | float]:
         """The four figures on which two models are compared. FLOPs are forward and backward, per token."""
+        return {name: as_number(value) for name, value in self.exact_axes().items()}
+
+    def exact_axes(self) -> dict[str, Fraction]:
+        """The same unrounded: capacities round up, so that FLOPs per token need not be an integer."""
         return {
-            "params": sum(row.numel for row in self.params),
-            "active_params": sum(row.active for row in self.params),
-            "flops": per_token(sum(self.flops()), self.tokens),
-            "bytes": sum(row.active * BYTES_PER_ELEMENT[row.dtype] for row in self.params),
+            "params": Fraction(sum(row.numel for row in self.params)),
+            "active_params": Fraction(sum(row.active for row in self.params)),
+            "flops": Fraction(sum(self.flops()), self.tokens),
+            "bytes": Fraction(sum(row.active * BYTES_PER_ELEMENT[row.dtype] for row in self.params)),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -211,10 +217,12 @@ def estimate(
     seq_len: int | None = None,
     mesh: Mesh | None = None,
     devices: Iterable[Device] = tuple(DEVICES.values()),
+    dense_values: bool = False,
 ) -> CostReport:
     """The cost of one step on `batch` sequences of `seq_len` tokens (by default the model's longest).
 
-    Roofline times are given for each of `devices`, the share of one rank for `mesh`.
+    Roofline times are given for each of `devices`, the share of one rank for `mesh`. Pools are updated by the rows that
+    were read, or with `dense_values` as a whole.
     Raises UsageError when seq_len is not in 1..max_seq_len, batch is not positive, or the model does not fit the mesh.
     """
     t = plan.max_seq_len if seq_len is None else seq_len
@@ -230,11 +238,12 @@ def estimate(
     rows.append(CostRow("head", "head", None, head))
     paths = tuple(tuple(part.path for part in layer.parts) for layer in plan.layers)
     everything = sum(row.numel * sum(update_bytes(row.dtype)) for row in plan.params)
-    rows_only = sum(
-        touched(row, batch * t)["uniform"] * (row.numel // row.shape[0]) * sum(update_bytes(row.dtype))
+    at_rest = sum(
+        (row.shape[0] - touched(row, batch * t)["uniform"]) * (row.numel // row.shape[0]) * sum(update_bytes(row.dtype))
         for row in plan.params
+        if updated_by_rows(row) and not dense_values
     )
-    lines = (roofline(((r.kind, r.cost) for r in rows), everything, rows_only, device) for device in devices)
+    lines = (roofline(((r.kind, r.cost) for r in rows), everything - at_rest, everything, device) for device in devices)
     return CostReport(
         model_hash=plan.model_hash,
         batch=batch,
@@ -243,7 +252,7 @@ def estimate(
         params=plan.params,
         layers=paths,
         caveats=plan.caveats(),
-        memory=step_memory(plan, batch, t),
+        memory=step_memory(plan, batch, t, dense_values=dense_values),
         roofline=tuple(lines),
         mesh=None if mesh is None else per_rank(plan, mesh),
     )
@@ -251,15 +260,19 @@ def estimate(
 
 def touched(row: ParamRow, tokens: int) -> dict[str, int]:
     """Entries of dimension 0 that a batch is expected to read, by how likely each is to be read."""
-    if not row.reads:
+    if not row.reads or any(read.whole_per_batch for read in row.reads):
         return dict.fromkeys(ACCESS, row.shape[0])
     return {name: expected(row.reads, tokens, row.shape[0]) for name, expected in ACCESS.items()}
 
 
 def per_token(total: int, tokens: int) -> int | float:
     """`total` over `tokens`, an integer where it divides."""
-    share = Fraction(total, tokens)
-    return share.numerator if share.denominator == 1 else float(share)
+    return as_number(Fraction(total, tokens))
+
+
+def as_number(value: Fraction | int) -> int | float:
+    """The integer that a value is, or the float nearest to it."""
+    return value.numerator if value.denominator == 1 else float(value)
 
 
 def _flops(rows: Iterable[CostRow], *, executed: bool = False) -> tuple[int, int]:

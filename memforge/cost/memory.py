@@ -1,9 +1,8 @@
 """Bytes that one training step holds: weights, gradients, optimizer state, activations, and the most of them at once.
 
-Training is in fp32 with AdamW and dense gradients, as memforge/training does it. What autograd keeps is exact for
-eager execution on a CPU; the peak adds estimates of what each block holds while it runs: for the demo models it is
-within 2% of what torch's allocator gives out, with checkpointing within 7%; for wide models on few tokens up to 15%
-over it.
+Training is in fp32 with AdamW, pools updated by the rows that were read (unless train.value_update is dense), as
+memforge/training does it. What autograd keeps is exact for eager execution on a CPU; the peak adds estimates of what
+each block holds while it runs: see the tests for how close it comes.
 """
 
 from collections import defaultdict
@@ -13,11 +12,19 @@ from itertools import accumulate
 from typing import Any
 
 from memforge.blocks.base import BYTES_PER_ELEMENT, Saved, norm_saved
-from memforge.plan import LayerPlan, ModelPlan
+from memforge.plan import LayerPlan, ModelPlan, ParamRow
 
-# AdamW keeps two moments in fp32.
-STATE_BYTES_PER_PARAM = 8
 FP32, INT64 = 4, 8
+
+
+def state_bytes(row: ParamRow) -> int:
+    """What AdamW keeps of one element: two moments in fp32, and an fp32 master of a pool in 16 bits."""
+    return 2 * FP32 + (FP32 if BYTES_PER_ELEMENT[row.dtype] < FP32 else 0)
+
+
+def updated_by_rows(row: ParamRow) -> bool:
+    """Whether training updates only the rows that were read."""
+    return row.group == "values" and bool(row.reads)
 
 
 @dataclass(frozen=True)
@@ -63,27 +70,29 @@ def frame_saved(plan: ModelPlan, batch: int, seq_len: int) -> Iterator[tuple[str
     yield "head", Saved("loss_weight", 1)
 
 
-def step_memory(plan: ModelPlan, batch: int, seq_len: int) -> StepMemory:
-    weights, num_params = plan.weight_bytes(), sum(row.numel for row in plan.params)
-    optimizer = STATE_BYTES_PER_PARAM * num_params
+def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, dense_values: bool = False) -> StepMemory:
+    """The memory of a step; with `dense_values` pools have gradients of their own size."""
+    weights = plan.weight_bytes()
+    optimizer = sum(row.numel * state_bytes(row) for row in plan.params)
     frame = list(frame_saved(plan, batch, seq_len))
     layers = [list(layer_saved(layer, plan.dim, batch, seq_len)) for layer in plan.layers]
-    sizes, outside = [_bytes(layer) for layer in layers], _bytes(frame)
     inputs = FP32 * batch * seq_len * plan.dim * plan.num_layers
-    peak, phase = max(_timeline(plan, batch, seq_len, sizes, outside, checkpointed=False))
-    peak_checkpointed, phase_checkpointed = max(_timeline(plan, batch, seq_len, sizes, outside, checkpointed=True))
+    saved, gradients = [_bytes(layer) for layer in layers], _Gradients(plan, batch, seq_len, dense_values)
+    step = _Step(plan, batch, seq_len, saved, _bytes(frame), gradients)
+    peak, phase = max(step.timeline(checkpointed=False))
+    peak_checkpointed, phase_checkpointed = max(step.timeline(checkpointed=True))
     return StepMemory(
         weights=weights,
-        gradients=weights,
+        gradients=gradients.total,
         optimizer=optimizer,
-        activations=outside + sum(sizes),
-        activations_checkpointed=outside + inputs,
+        activations=_bytes(frame) + sum(saved),
+        activations_checkpointed=_bytes(frame) + inputs,
         peak=weights + optimizer + peak,
         peak_in=phase,
         peak_checkpointed=weights + optimizer + peak_checkpointed,
         peak_checkpointed_in=phase_checkpointed,
         checkpoint=weights,
-        by_kind=_by_kind(plan, [*frame, *(pair for layer in layers for pair in layer)]),
+        by_kind=_by_kind(plan, gradients, [*frame, *(pair for layer in layers for pair in layer)]),
     )
 
 
@@ -91,71 +100,122 @@ def _bytes(saved: list[tuple[str, Saved]]) -> int:
     return sum(tensor.bytes for _, tensor in saved)
 
 
-def _by_kind(plan: ModelPlan, saved: list[tuple[str, Saved]]) -> dict[str, dict[str, int]]:
+def _by_kind(plan: ModelPlan, gradients: "_Gradients", saved: list[tuple[str, Saved]]) -> dict[str, dict[str, int]]:
     """Bytes of weights, gradients, optimizer state and activations of each kind."""
     nothing = dict.fromkeys(("weights", "gradients", "optimizer", "activations"), 0)
     kinds: dict[str, dict[str, int]] = defaultdict(nothing.copy)
     for row in plan.params:
-        size = row.numel * BYTES_PER_ELEMENT[row.dtype]
-        kinds[row.kind]["weights"] += size
-        kinds[row.kind]["gradients"] += size
-        kinds[row.kind]["optimizer"] += STATE_BYTES_PER_PARAM * row.numel
+        kinds[row.kind]["weights"] += row.numel * BYTES_PER_ELEMENT[row.dtype]
+        kinds[row.kind]["gradients"] += gradients.of(row)
+        kinds[row.kind]["optimizer"] += row.numel * state_bytes(row)
+    for kind, size in gradients.factors_by_kind.items():
+        kinds[kind]["gradients"] += size
     for kind, tensor in saved:
         kinds[kind]["activations"] += tensor.bytes
     return dict(kinds)
 
 
-def _timeline(
-    plan: ModelPlan, batch: int, seq_len: int, layers: list[int], frame: int, *, checkpointed: bool
-) -> Iterator[tuple[int, str]]:
-    """Bytes alive beside weights and optimizer state, and the phase, through one step."""
-    n = batch * seq_len
-    stream, logits = FP32 * n * plan.dim, FP32 * n * plan.vocab_size
-    tokens = 2 * INT64 * batch * (seq_len + 1)  # the window and the targets
-    kept = list(accumulate(stream if checkpointed else saved for saved in layers))
-    scratch = [[part.scratch(batch, seq_len) for part in layer.parts] for layer in plan.layers]
-    for idx, parts in enumerate(scratch):
-        yield tokens + kept[idx] + max(part.forward for part in parts), f"forward of layer {idx}"
-    # The gradients of the log-probabilities and of the logits, while the log-probabilities are still there.
-    yield frame + kept[-1] + 2 * logits, "backward of the loss"
-
-    gradients, begun = _Gradients(plan), set[str]()
-    done = gradients.first
-    for idx in reversed(range(plan.num_layers)):
-        read = gradients.pools.keys() & {block.pool_path() for block in plan.layers[idx].blocks}
-        # Every reader of a pool makes a gradient of the whole pool, which is then added to that of the readers before.
-        added = sum(gradients.pools[path] for path in read & begun)
-        done += gradients.layers[idx] + sum(gradients.pools[path] for path in read - begun)
-        begun |= read
-        # Those of the residual stream, of the output of the norm and of its input.
-        working = max(part.backward for part in scratch[idx]) + 3 * stream
-        if checkpointed:  # the layer runs again, from the input that was kept
-            replay = max(part.forward for part in scratch[idx]) + stream
-            working = layers[idx] - stream + max(working, replay)
-        yield tokens + kept[idx] + done + added + working, f"backward of layer {idx}"
-    # The gradient of the embedding is dense. If it is the head as well, it has one already, a transposed view, to which
-    # autograd adds out of place.
-    looked_up = gradients.embedding * (2 if plan.tie_embeddings else 1)
-    yield tokens + stream + done + looked_up, "backward of the embedding"
-    yield plan.weight_bytes(), "update"
-
-
 class _Gradients:
-    """Bytes of the gradients of each layer, of each shared pool, of the embedding as it is looked up, and of what comes
-    first: last norm and head.
+    """Bytes of the gradients of each layer, of each shared pool with a dense one, of the embedding as it is looked up,
+    and of what comes first: last norm and head.
     """
 
-    def __init__(self, plan: ModelPlan) -> None:
+    def __init__(self, plan: ModelPlan, batch: int, seq_len: int, dense_values: bool) -> None:
+        self.dense_values, self.tied = dense_values, plan.tie_embeddings
         self.layers, self.first, self.embedding = [0] * plan.num_layers, 0, 0
         self.pools: dict[str, int] = defaultdict(int)
         for row in plan.params:
-            size, parts = row.numel * BYTES_PER_ELEMENT[row.dtype], row.path.split(".")
-            if parts[0] == "layers":
-                self.layers[int(parts[1])] += size
-            elif row.owner.startswith("pool."):
-                self.pools[row.owner] += size
-            elif row.owner == "embedding":
-                self.embedding += size
-                self.first += size if plan.tie_embeddings else 0
-            else:
-                self.first += size
+            self._add(row)
+        self.factors = [
+            0 if dense_values else sum(t.bytes for part in layer.blocks for t in part.factors(batch, seq_len))
+            for layer in plan.layers
+        ]
+        self.factors_by_kind: dict[str, int] = defaultdict(int)
+        for part in plan.sublayers():
+            if not dense_values:
+                self.factors_by_kind[part.kind] += sum(t.bytes for t in part.factors(batch, seq_len))
+        self.sorting = 0 if dense_values else _sorting(plan, batch * seq_len)
+
+    @property
+    def total(self) -> int:
+        return sum(self.layers) + sum(self.pools.values()) + self.first + self.looked_up + sum(self.factors)
+
+    @property
+    def looked_up(self) -> int:
+        """Of the embedding; where it is the head as well it is among the first."""
+        return 0 if self.tied else self.embedding
+
+    def of(self, row: ParamRow) -> int:
+        by_rows = updated_by_rows(row) and not self.dense_values
+        return 0 if by_rows else row.numel * BYTES_PER_ELEMENT[row.dtype]
+
+    def _add(self, row: ParamRow) -> None:
+        size, parts = self.of(row), row.path.split(".")
+        if parts[0] == "layers":
+            self.layers[int(parts[1])] += size
+        elif row.owner.startswith("pool.") and size:
+            self.pools[row.owner] += size
+        elif row.owner == "embedding":
+            self.embedding += size
+            self.first += size if self.tied else 0
+        elif not row.owner.startswith("pool."):
+            self.first += size
+
+
+def _sorting(plan: ModelPlan, tokens: int) -> int:
+    """Bytes that it takes to sort the reads of all tables by slot, done for the norm and kept for the update."""
+    held, extra = 0, 0
+    for row in plan.params:
+        if updated_by_rows(row):
+            reads = tokens * sum(read.draws * read.rows for read in row.reads)
+            touched = min(reads, row.shape[0])  # at most
+            held += reads * (INT64 + FP32) + 2 * INT64 * touched  # the token and weight of each; slots and starts
+            extra = max(
+                extra, 3 * INT64 * reads + INT64 * touched
+            )  # sorted slots, their order, unsorted tokens; counts
+    return held + extra
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is needed to follow the memory of one step; `saved` of each layer, `frame` outside of them."""
+
+    plan: ModelPlan
+    batch: int
+    seq_len: int
+    saved: list[int]
+    frame: int
+    gradients: _Gradients
+
+    def timeline(self, *, checkpointed: bool) -> Iterator[tuple[int, str]]:
+        """Bytes alive beside weights and optimizer state, and the phase, through one step."""
+        plan, n = self.plan, self.batch * self.seq_len
+        stream, logits = FP32 * n * plan.dim, FP32 * n * plan.vocab_size
+        tokens = 2 * INT64 * self.batch * (self.seq_len + 1)  # the window and the targets
+        kept = list(accumulate(stream if checkpointed else saved for saved in self.saved))
+        scratch = [[part.scratch(self.batch, self.seq_len) for part in layer.parts] for layer in plan.layers]
+        for idx, parts in enumerate(scratch):
+            yield tokens + kept[idx] + max(part.forward for part in parts), f"forward of layer {idx}"
+        # The gradients of the log-probabilities and of the logits, while the log-probabilities are still there.
+        yield self.frame + kept[-1] + 2 * logits, "backward of the loss"
+
+        gradients, begun = self.gradients, set[str]()
+        done = gradients.first
+        for idx in reversed(range(plan.num_layers)):
+            read = gradients.pools.keys() & {block.pool_path() for block in plan.layers[idx].blocks}
+            # Every reader of a pool makes a gradient of the whole pool, which is then added to that of those before.
+            added = sum(gradients.pools[path] for path in read & begun)
+            done += gradients.layers[idx] + sum(gradients.pools[path] for path in read - begun)
+            begun |= read
+            # Those of the residual stream, of the output of the norm and of its input.
+            working = max(part.backward for part in scratch[idx]) + 3 * stream
+            if checkpointed:  # the layer runs again, from the input that was kept
+                replay = max(part.forward for part in scratch[idx]) + stream
+                working = self.saved[idx] - stream + max(working, replay)
+            yield tokens + kept[idx] + done + added + working, f"backward of layer {idx}"
+            done += gradients.factors[idx]
+        # The gradient of the embedding is dense. If it is the head as well, it has one already, a transposed view, to
+        # which autograd adds out of place.
+        looked_up = gradients.embedding * (2 if plan.tie_embeddings else 1)
+        yield tokens + stream + done + looked_up, "backward of the embedding"
+        yield gradients.total + gradients.sorting, "update"

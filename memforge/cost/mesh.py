@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memforge.blocks.base import BYTES_PER_ELEMENT
-from memforge.cost.memory import STATE_BYTES_PER_PARAM
+from memforge.cost.memory import state_bytes
 from memforge.errors import UsageError, printable
 from memforge.plan import ModelPlan, ParamRow
 
@@ -60,7 +60,7 @@ def per_rank(plan: ModelPlan, mesh: Mesh) -> dict[str, Any]:
         "pool_params_per_rank": sum(numel for row, numel in shares if row.group == "values"),
         "weight_bytes_per_rank": weights,
         "gradient_bytes_per_rank": weights,
-        "optimizer_bytes_per_rank": STATE_BYTES_PER_PARAM * sum(numel for _, numel in shares),
+        "optimizer_bytes_per_rank": sum(numel * state_bytes(row) for row, numel in shares),
     }
 
 

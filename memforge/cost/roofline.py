@@ -20,7 +20,7 @@ def update_bytes(dtype: DType) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step. `update` writes every parameter, `update_rows` only what the batch touches.
+    """Seconds of a step. `update` moves, of pools, the rows that the batch touches; `update_dense` all of them.
 
     `by_kind` is forward and backward together, `memory_bound` the share of them that bandwidth limits.
     """
@@ -29,7 +29,7 @@ class Roofline:
     forward: float
     backward: float
     update: float
-    update_rows: float
+    update_dense: float
     by_kind: dict[str, float]
     memory_bound: float
 
@@ -49,7 +49,7 @@ class Roofline:
                 "forward": self.forward,
                 "backward": self.backward,
                 "update": self.update,
-                "update_rows": self.update_rows,
+                "update_dense": self.update_dense,
                 "total": self.total,
             },
             "by_kind": self.by_kind,
@@ -57,7 +57,7 @@ class Roofline:
         }
 
 
-def roofline(costs: Iterable[tuple[str, OpCost]], updated: int, updated_rows: int, device: Device) -> Roofline:
+def roofline(costs: Iterable[tuple[str, OpCost]], updated: int, updated_dense: int, device: Device) -> Roofline:
     """Seconds of a step of ops, each with the kind of its block, and of updates that move so many bytes.
 
     FLOPs are the counted ones, since fused attention skips what is masked. Element-wise work is taken to be fused.
@@ -86,7 +86,7 @@ def roofline(costs: Iterable[tuple[str, OpCost]], updated: int, updated_rows: in
         forward=forward,
         backward=backward,
         update=updated / device.bytes_per_second,
-        update_rows=updated_rows / device.bytes_per_second,
+        update_dense=updated_dense / device.bytes_per_second,
         by_kind=dict(by_kind),
         memory_bound=min(1.0, limited / (forward + backward)),
     )

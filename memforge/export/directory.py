@@ -17,7 +17,7 @@ from memforge.cost.mesh import Mesh
 from memforge.errors import StorageError
 from memforge.export.aten import aten_program, logit_difference, require_room
 from memforge.export.graph import export_graph, pt2_bytes, readable
-from memforge.parity import claimed
+from memforge.parity import claimed, report_seq_len
 from memforge.plan import Plan
 from memforge.profile.counter import require_exact
 from memforge.storage import file_sha256, replaced_directory, write_json
@@ -50,7 +50,9 @@ def write_build(plan: Plan, out: Path, *, aten: Weights | None = None, mesh: Mes
     if aten is not None:
         require_room(plan.model)
     counted = require_exact(plan.model)
-    program, cost, parity = export_graph(plan.model), estimate(plan.model, mesh=mesh), claimed(plan)
+    cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=mesh, dense_values=plan.run.dense_values)
+    parity = claimed(plan)
+    program = export_graph(plan.model)
     with replaced_directory(out) as directory:
         (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         write_json(directory / "cost.json", cost.as_dict() | {"parity": parity.as_dict() if parity else None})

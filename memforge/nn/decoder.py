@@ -1,6 +1,7 @@
 """The decoder: embedding, layers of mixer and blocks, norm, head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from memforge.blocks import load_module, registry
 from memforge.blocks.base import KindPlan
+from memforge.blocks.pools import Pools
 from memforge.plan import LayerPlan, ModelPlan
+from memforge_kernels import Reader, Record, Tape
 
 
 class Decoder(nn.Module):
@@ -32,23 +35,43 @@ class Decoder(nn.Module):
         self.head = None if plan.tie_embeddings else nn.Linear(plan.dim, plan.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, losses, _ = self.forward_with(tokens, [Reader] * len(self.layers))
+        return logits, losses
+
+    def forward_taped(
+        self, tokens: Tensor, taps: Sequence[Sequence[Tensor]] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], list[Sequence[Record]]]:
+        """As forward; given `taps`, with tables read outside of autograd, and how each layer read them.
+
+        A tap for each read of each layer receives the gradient of what it returned: see memforge_kernels.Tape.
+        """
+        if taps is None:
+            return self.forward_with(tokens, [Reader] * len(self.layers))
+        return self.forward_with(tokens, [partial(Tape, of_layer) for of_layer in taps])
+
+    def forward_with(
+        self, tokens: Tensor, readers: Sequence[Callable[[], Reader]]
+    ) -> tuple[Tensor, dict[str, Tensor], list[Sequence[Record]]]:
+        """The forward pass with tables read by a new reader for each layer, and what those readers have recorded."""
         x = self.embedding(tokens)
         totals: dict[str, Tensor] = {}
-        for layer in self.layers:
+        records = []
+        for layer, reader in zip(self.layers, readers, strict=True):
             if self.checkpoint_layers and self.training:
                 # No layer draws random numbers, so there is no generator state to keep.
-                x, losses = checkpoint(layer, x, self.pool, use_reentrant=False, preserve_rng_state=False)
+                x, losses, read = checkpoint(layer, x, self.pool, reader, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, losses = layer(x, self.pool)
+                x, losses, read = layer(x, self.pool, reader)
             totals = _summed(totals, losses)
+            records.append(read)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x), weight), totals
+        return F.linear(self.norm(x), weight), totals, records
 
 
-def next_token_loss(forward: Callable[..., Any], window: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of a window [b, t + 1] and the model's own losses. The logits do not outlive the call."""
-    logits, extra = forward(window[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten()), extra
+def next_token_loss(forward: Callable[..., Any], window: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Mean cross-entropy of a window [b, t + 1] and what else the model returns. The logits do not outlive the call."""
+    logits, *others = forward(window[:, :-1], *rest)
+    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten()), *others
 
 
 class Layer(nn.Module):
@@ -64,13 +87,16 @@ class Layer(nn.Module):
         for block in layer.blocks:
             self.add_module(block.kind, _build(block, plan.norm_eps, pools.get(f"{block.path}.pool")))
 
-    def forward(self, x: Tensor, pools: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor, shared: nn.ModuleDict, new_reader: Callable[[], Reader] = Reader
+    ) -> tuple[Tensor, dict[str, Tensor], Sequence[Record]]:
+        pools = Pools(shared, new_reader())
         x = x + getattr(self, self.mixer_kind)(self.mixer_norm(x))
         normed, totals = self.block_norm(x), {}
         for kind in self.block_kinds:
             y, losses = getattr(self, kind)(normed, pools)
             x, totals = x + y, _summed(totals, losses)
-        return x, totals
+        return x, totals, pools.reader.records
 
 
 def _build(plan: KindPlan, *args: object) -> nn.Module:

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import profile
 
 from memforge.build import build_model
 from memforge.errors import DeviceError
-from memforge.nn.decoder import next_token_loss
 from memforge.plan import Plan, TrainPlan, plan_from_json
 from memforge.profile.live import LiveStorage, kept_bytes
-from memforge.training.optimizer import make_optimizer
+from memforge.training.optimizer import Stepper
 
 # What is measured does not depend on the rates.
-OPTIMIZER = TrainPlan(steps=1, batch_size=1, seq_len=1, learning_rate=1e-4, value_learning_rate=1e-4)
+RATES = {"steps": 1, "learning_rate": 1e-4, "value_learning_rate": 1e-4}
 # The profiler reports its own start and stop, and blocks that were allocated before, on stderr.
 QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -67,22 +65,21 @@ class _Steps:
     """A model, its optimizer, and training steps on zeros."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        self.plan = plan_from_json(request["plan"], "the request").model
+        plan = plan_from_json(request["plan"], "the request")
         self.shape, self.checkpoint = (request["batch"], request["seq_len"] + 1), request["checkpoint_layers"]
+        given = {} if plan.run.train is None else plan.run.train.model_dump()
+        self.train = TrainPlan(**given | RATES | {"batch_size": request["batch"], "seq_len": request["seq_len"]})
+        self.plan = plan.model
         self.begin()
 
     def begin(self) -> None:
         self.model = build_model(self.plan).train()
         self.model.checkpoint_layers = self.checkpoint
-        self.optimizer = make_optimizer(self.model, self.plan, OPTIMIZER)
+        self.stepper = Stepper(self.model, self.plan, self.train)
 
     def step(self) -> None:
-        loss, extra = next_token_loss(self.model, torch.zeros(self.shape, dtype=torch.int64))
-        (loss + sum(extra.values())).backward()
-        del loss, extra
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        _, norm = self.stepper.backward(torch.zeros(self.shape, dtype=torch.int64))
+        self.stepper.update(norm, 1.0)
 
 
 def _held(field: str) -> int:
@@ -93,7 +90,9 @@ def _held(field: str) -> int:
 
 def _tracked(steps: _Steps) -> int:
     """The peak of one more step, storage by storage."""
-    state = (value for moments in steps.optimizer.state.values() for value in moments.values())
+    optimizers = steps.stepper.optimizers
+    kept = (value for optimizer in optimizers for moments in optimizer.state.values() for value in moments.values())
+    state = [value for value in kept if isinstance(value, torch.Tensor)]
     with LiveStorage([*steps.model.parameters(), *state]) as live:
         steps.step()
     return live.peak
@@ -122,7 +121,7 @@ def _main() -> None:
     process = _held("VmHWM") - before
     tracked = _tracked(steps)
     kept = kept_bytes(steps.model, request["batch"], request["seq_len"])
-    del steps.model, steps.optimizer
+    del steps.model, steps.stepper
     measured = MeasuredStep(activations=kept, peak=_allocated(steps), peak_tracked=tracked, process=process)
     json.dump(asdict(measured), sys.stdout)
 

@@ -23,7 +23,8 @@ def console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     screen = Console(file=stream)
     width = max(MIN_WIDTH, screen.width) if screen.is_terminal else PIPED_WIDTH
-    return _Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+    # Without a height, rich takes a dumb terminal to be 80 columns wide, whatever it is told.
+    return _Console(file=stream, width=width, height=screen.height, highlight=False, emoji=False, markup=False)
 
 
 def print_json(record: Any) -> None:

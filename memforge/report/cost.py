@@ -10,7 +10,7 @@ from memforge.cost import CONVENTIONS, EXCLUDED
 from memforge.parity import Parity
 from memforge.report.console import PIPED_WIDTH, console, plain
 
-_PREFIXES = ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"))
+_PREFIXES = tuple((10 ** (3 * (i + 1)), prefix) for i, prefix in reversed([*enumerate("kMGTPEZY")]))
 
 
 def si(value: int | float, unit: str = "") -> str:
@@ -158,11 +158,11 @@ def traffic_table(cost: dict[str, Any]) -> Table:
 
 def roofline_table(cost: dict[str, Any]) -> Table:
     """The least milliseconds of a step on each device."""
-    columns = ("device", "forward", "backward", "update", "total", "update of rows", "memory-bound", "one holds it")
+    columns = ("device", "forward", "backward", "update", "total", "dense update", "memory-bound", "one holds it")
     table = _table("Roofline, least milliseconds per step", columns)
     for line in cost["roofline"]:
         seconds = line["seconds"]
-        phases = ("forward", "backward", "update", "total", "update_rows")
+        phases = ("forward", "backward", "update", "total", "update_dense")
         table.add_row(
             f"{line['device']} {line['dtype']}",
             *(_milliseconds(seconds[phase]) for phase in phases),
@@ -195,8 +195,8 @@ def conventions() -> list[str]:
     return [*CONVENTIONS, f"excluded: {', '.join(EXCLUDED)}"]
 
 
-def show_tables(tables: Iterable[Table], cost: dict[str, Any]) -> None:
-    """Tables with a blank line between them, then what every report must say about the model."""
+def show_tables(tables: Iterable[Table], cost: dict[str, Any], parity: dict[str, Any] | None = None) -> None:
+    """Tables with a blank line between them, then what every report must say about the model and its baseline."""
     page = console()
     for i, table in enumerate(tables):
         if i:
@@ -205,7 +205,7 @@ def show_tables(tables: Iterable[Table], cost: dict[str, Any]) -> None:
         wanted = page.measure(table, options=page.options.update(max_width=PIPED_WIDTH)).maximum
         page.width = max(page.width, wanted)
         page.print(table)
-    for caveat in cost["caveats"]:
+    for caveat in [*cost["caveats"], *(parity["caveats"] if parity else ())]:
         plain(f"\nnote: {caveat}")
 
 

@@ -1,6 +1,7 @@
 """Errors of a spec as text: one line `path:line:col: message` each, with code frames while they fit on a screen."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -40,6 +41,12 @@ def show(diagnostics: Sequence[Diagnostic]) -> None:
             screen.print(Text(line, style=style), soft_wrap=True)
         else:
             plain(line, stderr=True)
+
+
+def error_record(error: dict[str, Any]) -> dict[str, Any]:
+    """An error of a JSON document: all have the same keys; those about no place in a file leave it null."""
+    place = dict.fromkeys(("file", "line", "column", "end_column", "key", "help"))
+    return {**place, "related": [], **error}
 
 
 def _headline(d: Diagnostic) -> str:

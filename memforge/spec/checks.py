@@ -6,7 +6,7 @@ from dataclasses import replace
 from memforge.blocks.base import KindSpec, Site
 from memforge.errors import KeyPath, Problem
 from memforge.spec.placement import select_layers
-from memforge.spec.schema import PlaceRule, Spec, parts_at
+from memforge.spec.schema import PlaceRule, Spec, TrainSpec, parts_at
 
 # Public attributes of torch.nn.ModuleDict; a pool becomes an attribute of one. A test compares this with torch.
 RESERVED_POOL_NAMES = frozenset(
@@ -45,6 +45,23 @@ def check(spec: Spec) -> Iterator[Problem]:
     yield from _check_layers(spec, selected, placed=not problems)
     yield from _check_added(spec, selected)
     yield from _check_training(spec)
+
+
+def check_baseline(spec: Spec, baseline: Spec) -> Iterator[Problem]:
+    """A claim is judged at the length of training, which the baseline must be able to take."""
+    if spec.train is None:
+        return
+    length = spec.train.seq_len or spec.model.max_seq_len
+    if baseline.model.max_seq_len < length:
+        yield Problem(
+            ("parity", "against"),
+            f"{baseline.model.name} takes at most {baseline.model.max_seq_len} tokens, training takes {length}",
+            "the claim is judged at the length of training: the baseline needs a larger model.max_seq_len",
+            related=(
+                (("train", "seq_len"), "seq_len is set here"),
+                (("model", "max_seq_len"), "max_seq_len is set here"),
+            ),
+        )
 
 
 def selections(spec: Spec) -> tuple[list[frozenset[int]], list[Problem]]:
@@ -149,3 +166,36 @@ def _check_training(spec: Spec) -> Iterator[Problem]:
             f"seq_len = {spec.train.seq_len} is more than model.max_seq_len = {spec.model.max_seq_len}",
             related=((("model", "max_seq_len"), "max_seq_len is set here"),),
         )
+    yield from _check_value_update(spec, spec.train)
+
+
+def _check_value_update(spec: Spec, train: TrainSpec) -> Iterator[Problem]:
+    """Updates of pools that do not exist, or would lose what is smaller than a rounding."""
+    update: KeyPath = ("train", "value_update")
+    if train.value_optimizer == "sgd" and train.value_update != "lazy":
+        there = ((("train", "value_optimizer"), "value_optimizer is set here"),)
+        yield Problem(update, 'value_optimizer = "sgd" updates lazily, and in no other way', 'use "lazy"', there)
+    beta1, beta2 = train.betas
+    if train.value_update == "catch_up" and beta1 >= beta2**0.5:
+        there = ((("train", "betas"), "betas is set here"),)
+        why = f"moments must fade for rows to catch up: {beta1} is not less than sqrt({beta2}) = {beta2**0.5:.4g}"
+        yield Problem(update, why, 'use "lazy"', there)
+    for key, dtype in _low_precision(spec):
+        here = ((key, f"{dtype} is set here"),)
+        if train.value_update == "dense":
+            yield Problem(update, f"dense updates of a {dtype} pool would lose small ones", 'use "lazy"', here)
+        elif train.value_rounding == "stochastic" and dtype != "bfloat16":
+            rounding = ("train", "value_rounding")
+            yield Problem(rounding, f"a {dtype} pool is not rounded stochastically", 'use "master"', here)
+
+
+def _low_precision(spec: Spec) -> Iterator[tuple[KeyPath, str]]:
+    """Pools stored in 16 bits: where that is said, and the type."""
+    pools = [(("pool", name), pool) for name, pool in spec.pool.items()]
+    own = [
+        (("place", i, "block"), rule.block.own_pool()) for i, rule in enumerate(spec.place) if rule.block is not None
+    ]
+    for key, pool in (*pools, *own):
+        dtype = getattr(pool, "dtype", "float32")
+        if dtype != "float32":
+            yield (*key, "dtype"), dtype

@@ -97,6 +97,8 @@ def _problem(path: KeyPath, items: list[dict[str, Any]], schema: "_Schema") -> P
         return Problem((*path, "kind"), f"unknown kind `{got}`", nearest(got, schema.kinds(path)))
     if item["loc"][-1:] == ("[key]",):
         return Problem(path, f"`{name}` {_BOUNDS['string_pattern_mismatch'](ctx)}", at_key=True)
+    if kind == "value_error":  # a table that refuses itself says why
+        return Problem(path, str(ctx["error"]))
     for bound in items:
         if bound["type"] in _BOUNDS:
             text = _BOUNDS[bound["type"]](bound.get("ctx", {}))

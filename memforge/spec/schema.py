@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
 from memforge.blocks import union_of
 from memforge.blocks.attention.spec import AttentionSpec
@@ -41,16 +41,27 @@ class PlaceRule(SpecModel):
     mode: Literal["replace", "add"] = Field("replace", description="add: beside the block in force, not instead")
 
 
-Tolerance = Annotated[float, Field(ge=0, le=100)]
+MAX_TOLERANCE = 100
+Tolerance = Annotated[float, Field(ge=0, le=MAX_TOLERANCE)]
 
 
 class ToleranceSpec(SpecModel):
-    """Largest |ratio - 1| on each axis; axes without a number are shown, not judged."""
+    """Largest |ratio - 1| on each axis, of which at least one is named; the others are shown, not judged."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
     params: Tolerance | None = None
     active_params: Tolerance | None = None
     flops: Tolerance | None = None
     bytes: Tolerance | None = None
+
+    @model_validator(mode="after")
+    def _judges_something(self) -> "ToleranceSpec":
+        """A claim without an axis would hold for any two models."""
+        axes = type(self).model_fields
+        if all(getattr(self, axis) is None for axis in axes):
+            raise ValueError(f"name at least one axis: {', '.join(axes)}")
+        return self
 
 
 DEFAULT_TOLERANCE = ToleranceSpec(flops=0.05)
@@ -97,6 +108,15 @@ class TrainSpec(SpecModel):
     )
     learning_rate: Rate = Field(description="peak rate")
     value_learning_rate: Rate | None = Field(None, description="peak rate of value pools; learning_rate if absent")
+    value_optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of value pools")
+    value_update: Literal["lazy", "lazy_row_step", "catch_up", "dense"] = Field(
+        "lazy",
+        description="what becomes of rows that no token read: they rest, with bias correction by the step or by the "
+        "row's own count, or catch up when they are read again; dense: every row moves in every step",
+    )
+    value_rounding: Literal["master", "stochastic"] = Field(
+        "master", description="how updates of pools in 16 bits are kept: in an fp32 copy, or by chance (bfloat16)"
+    )
     weight_decay: Rate = Field(0.1, description="AdamW decay of matrices; never of norms, biases and values")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.95], description="AdamW moment decay"

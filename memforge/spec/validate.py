@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from memforge.errors import Diagnostic, KeyPath, Problem, SpecError
-from memforge.spec.checks import check
+from memforge.spec.checks import check, check_baseline
 from memforge.spec.document import Document
 from memforge.spec.explain import problems_of, value_path
 from memforge.spec.load import apply_overrides, data_path, read_document, resolve_inside
@@ -46,9 +46,11 @@ def load_spec(
     baseline = None
     if isinstance(against := _get(document.values, ("parity", "against")), str) and against:
         try:
-            baseline = _load_baseline(document, root)
+            baseline = _baseline_at(*resolve_inside(document, ("parity", "against"), root), root)
         except SpecError as error:
             diagnostics += error.diagnostics
+    if spec is not None and baseline is not None and not diagnostics:
+        diagnostics += [_locate(problem, document) for problem in check_baseline(spec, baseline)]
     if diagnostics:
         raise SpecError(diagnostics)
     assert spec is not None
@@ -56,9 +58,17 @@ def load_spec(
     return spec
 
 
-def _load_baseline(document: Document, root: Path) -> Spec:
+def load_baseline(path: str | Path, *, spec_root: str | Path | None = None) -> Spec:
+    """The spec at `path` as something to compare with: what it claims itself does not matter.
+
+    Raises SpecError with every other problem found.
+    """
+    path = Path(path)
+    return _baseline_at(path, str(path), Path(spec_root) if spec_root is not None else path.parent)
+
+
+def _baseline_at(path: Path, shown: str, root: Path) -> Spec:
     """The baseline as it stands in its own file. Its own claim is not followed, so claims cannot form a cycle."""
-    path, shown = resolve_inside(document, ("parity", "against"), root)
     other = read_document(path, root, shown)
     other.values.pop("parity", None)
     spec, problems = _validate(other.values)

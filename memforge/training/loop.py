@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from memforge.build import build_model
@@ -19,13 +19,13 @@ from memforge.cost import estimate
 from memforge.cost.memory import step_memory
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
 from memforge.machine import require_memory
-from memforge.nn.decoder import next_token_loss
+from memforge.nn.decoder import Decoder
 from memforge.plan import Plan, TrainPlan
 from memforge.storage import storage_errors
 from memforge.training import checkpoint as files
 from memforge.training.data import Corpus, Stream, load_corpus
 from memforge.training.evaluate import corpus_scores
-from memforge.training.optimizer import make_optimizer, rate_share, set_rates
+from memforge.training.optimizer import Stepper, rate_share
 from memforge.training.signals import StopSignal
 
 # Compiling the demo models takes about 25 s on two cores; a run this short never earns it back.
@@ -92,16 +92,16 @@ class _Trainer:
         plan: Plan,
         run: TrainPlan,
         corpus: Corpus,
-        model: nn.Module,
+        model: Decoder,
         run_dir: Path,
         report: Reporter,
         device: str,
     ) -> None:
         self.plan, self.spec, self.corpus, self.model = plan, run, corpus, model
         self.run_dir, self.report, self.device = run_dir, report, device
-        self.optimizer = make_optimizer(model, plan.model, run)
+        self.stepper = Stepper(model, plan.model, run)
         self.stream = Stream(corpus.units, window=run.seq_len + 1, seed=run.seed)
-        self.forward = _compiled(model, run, report)
+        self.stepper.forward = _compiled(model, run, report)
         self.step = 0
         self.losses: list[Tensor] = []
         self.norm = torch.tensor(float("nan"))
@@ -138,27 +138,20 @@ class _Trainer:
             if self.spec.compile == "on":
                 raise DeviceError(f'train.compile = "on": {reason}') from None
             self.report.note(f"torch.compile does not work here, training is eager: {reason}")
-            self.forward = self.model
+            self.stepper.forward = self.model.forward_taped
             return self.one_step()
 
     def one_step(self) -> tuple[Tensor, Tensor]:
         """One update; the cross-entropy before it and the gradient's norm before clipping."""
-        b, run = self.spec.batch_size, self.spec
+        b = self.spec.batch_size
         window = torch.from_numpy(self.stream.windows(self.step * b, b)).to(self.device, torch.int64)
-        loss, extra = next_token_loss(self.forward, window)
-        (loss + sum(extra.values())).backward()
-        loss = loss.detach()
-        limit = float("inf") if run.clip_norm == "none" else run.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        loss, norm = self.stepper.backward(window)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise NonFiniteError(
                 f"step {self.step + 1}: the loss is {float(loss):g} and the gradient norm {float(norm):g}; "
                 "the update was not made. A lower train.learning_rate or a longer warm-up usually helps"
             )
-        set_rates(self.optimizer, rate_share(self.step, run))
-        self.optimizer.step()
-        # Now, not before the next backward pass: gradients need not live beside the activations of a forward pass.
-        self.optimizer.zero_grad(set_to_none=True)
+        self.stepper.update(norm, rate_share(self.step, self.spec))
         return loss, norm
 
     def log(self, scores: dict[str, float]) -> None:
@@ -171,7 +164,7 @@ class _Trainer:
             "tokens": self.step * tokens,
             "loss": float(torch.stack(self.losses).mean()),
             "grad_norm": float(self.norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.stepper.learning_rate,
             **scores,
             "seconds": round(time.perf_counter() - self.started, 3),
             "tokens_per_second": round(len(self.losses) * tokens / seconds, 1),
@@ -223,14 +216,12 @@ def _checked(plan: Plan) -> TrainPlan:
     if plan.run.train is None or plan.run.data is None:
         missing = [f"[{t}]" for t, given in (("data", plan.run.data), ("train", plan.run.train)) if given is None]
         raise UsageError(f"{plan.name}: training needs {' and '.join(missing)} in the spec")
-    if low := sorted({row.dtype for row in plan.model.params if row.dtype != "float32"}):
-        raise UsageError(f"{plan.name}: training a {low[0]} pool would lose small updates; set its dtype to float32")
     return plan.run.train
 
 
 def _require_memory(plan: Plan, run: TrainPlan, device: str) -> None:
     """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
-    memory = step_memory(plan.model, run.batch_size, run.seq_len)
+    memory = step_memory(plan.model, run.batch_size, run.seq_len, dense_values=plan.run.dense_values)
     state = memory.weights + memory.gradients + memory.optimizer
     require_memory(
         memory.peak_checkpointed if run.activation_checkpointing else memory.peak,
@@ -292,14 +283,14 @@ def _new_run(run_dir: Path, *, overwrite: bool) -> Iterator[Callable[[], None]]:
                 run_dir.mkdir()
 
 
-def _compiled(model: nn.Module, run: TrainPlan, report: Reporter) -> Callable[..., Any]:
+def _compiled(model: Decoder, run: TrainPlan, report: Reporter) -> Callable[..., Any]:
     """The model as it is trained: compiled where asked for and possible, eager otherwise, and never in silence."""
     model.train()
     if run.compile == "off" or (run.compile == "auto" and run.steps < MIN_STEPS_TO_COMPILE):
-        return model
+        return model.forward_taped
     # The compiler that Inductor looks for on a CPU.
     if run.compile == "auto" and not shutil.which(os.environ.get("CXX", "g++")):
         report.note("no C++ compiler: training is eager, without torch.compile")
-        return model
+        return model.forward_taped
     report.note("compiling with torch.compile; the first step takes a while")
-    return torch.compile(model, fullgraph=True, dynamic=False)
+    return torch.compile(model.forward_taped, fullgraph=True, dynamic=False)

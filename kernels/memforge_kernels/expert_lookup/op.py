@@ -6,15 +6,21 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from memforge_kernels.gather_dot import gather_dot
-from memforge_kernels.weighted_gather import weighted_gather
+from memforge_kernels.tape import Reader
 
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 def expert_lookup(
-    x: Tensor, down: Tensor, up: Tensor, slots: Tensor, weights: Tensor, activation: Activation = "gelu"
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    activation: Activation = "gelu",
+    *,
+    reader: Reader = Reader(),  # noqa: B008  it has no state
 ) -> Tensor:
     """Sum over j of weights[i, j] * activation(<x_i, down[slot]>) * up[slot].
 
@@ -30,5 +36,5 @@ def expert_lookup(
         raise ValueError(f"expert_lookup needs down and up [m, d], slots and weights [n, k]; got {shapes}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"expert_lookup knows the activations {', '.join(ACTIVATIONS)}, not {activation}")
-    hidden = ACTIVATIONS[activation](gather_dot(x, down, slots))
-    return weighted_gather(up, slots, hidden * weights.to(hidden.dtype))
+    hidden = ACTIVATIONS[activation](reader.gather_dot(x, down, slots))
+    return reader.weighted_gather(up, slots, hidden * weights.to(hidden.dtype))

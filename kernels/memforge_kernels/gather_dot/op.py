@@ -31,14 +31,17 @@ def _misfit(x: Tensor, values: Tensor, slots: Tensor) -> str:
 
 def forward(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     n, k = slots.shape
-    if values.dtype == x.dtype and n * k:
-        if values.device.type == "cpu" and not 0 <= int(slots.min()) <= int(slots.max()) < values.shape[0]:
-            raise IndexError(f"a slot is outside 0 to {values.shape[0] - 1}")  # torch's kernel below would read it
-        bag = torch.arange(n, device=slots.device)
-        flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x.contiguous(), values, slots.reshape(-1).contiguous(), bag * k, bag.repeat_interleave(k), 0
-        )
-        return flat.view(n, k)
+    if values.is_cuda and x.dtype != torch.float64:
+        # Triton is needed where it runs, and only there.
+        from memforge_kernels.gather_dot import kernel
+
+        return kernel.gather_dot(x, values, slots)
+    if values.dtype == x.dtype and x.dtype in (torch.float32, torch.float64) and values.device.type == "cpu" and n * k:
+        if not 0 <= int(slots.min()) <= int(slots.max()) < values.shape[0]:
+            raise IndexError(f"a slot is outside 0 to {values.shape[0] - 1}")  # the kernel would read it
+        from memforge_kernels.gather_dot import cpu
+
+        return cpu.gather_dot(x, values, slots)
     rows = rows_at_a_time(slots, values)
     parts = [
         torch.einsum("nv,nkv->nk", one, F.embedding(s, values).to(one.dtype))

@@ -1,10 +1,9 @@
 """product_key_topk: the best k of s*s slots per head without scoring them all."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from memforge_kernels.product_key_topk.pairs import candidate_pairs
 from memforge_kernels.topk import topk_ties_low
 
 
@@ -35,14 +34,20 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, T
     return torch.ops.memforge.product_key_topk(query, sub_keys, k)
 
 
-@cache
-def candidate_pairs(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ranks (i, j) in the two sorted halves that can reach the best k: 119 pairs at k = 32, of 1,024."""
-    pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]
-    return tuple(i for i, _ in pairs), tuple(j for _, j in pairs)
-
-
 def forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if torch.promote_types(query.dtype, sub_keys.dtype) != torch.float64:
+        if query.is_cuda:
+            from memforge_kernels.product_key_topk import kernel
+
+            return kernel.product_key_topk(query, sub_keys, k)
+        from memforge_kernels.product_key_topk import cpu
+
+        return cpu.product_key_topk(query, sub_keys, k)
+    return composed(query, sub_keys, k)
+
+
+def composed(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The op in torch's own, for fp64: the halves' scores are held as a whole."""
     n, h, q = query.shape
     s = sub_keys.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -83,9 +88,8 @@ def _backward(
     query, sub_keys, slots = ctx.saved_tensors
     (n, h, q), (s, k) = query.shape, (sub_keys.shape[2], slots.shape[2])
     # Row ((head * 2 + half) * s + index) of the sub-keys laid out flat.
-    half_idx = torch.stack((slots // s, slots % s), dim=2)
     first = torch.arange(2 * h, device=slots.device).view(1, h, 2, 1) * s
-    rows = (half_idx + first).reshape(n * h * 2, k)
+    rows = torch.stack((slots // s, slots % s), dim=2).add_(first).view(n * h * 2, k)
     weights = grad.unsqueeze(2).expand(n, h, 2, k).reshape(n * h * 2, k)
     flat_keys = sub_keys.reshape(h * 2 * s, q // 2)
     d_query = d_keys = None

@@ -1,8 +1,10 @@
 """weighted_scatter: rows added to the slots they name; the gradient of a pool of values."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from memforge_kernels.row_update.gradient import Read, sorted_gradient
+from memforge_kernels.row_update.op import segment_sum
 
 
 def weighted_scatter(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
@@ -10,8 +12,7 @@ def weighted_scatter(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) 
 
     Shape: x [n, v], slots [n, k] int64 in 0..num_slots-1, weights [n, k] -> [num_slots, v] in the dtype of x.
     Cost: 2*n*k*v FLOPs; writes every row. It has no gradient of its own.
-    A stable sort by slot fixes the order of each sum, so the result is the same bit for bit from run to run, without
-    atomics.
+    Each sum has one order, that of the tokens, so the result is the same bit for bit from run to run, without atomics.
     Raises: ValueError for shapes or dtypes that do not fit. Slots are trusted: they are those of a gather.
     """
     if x.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape or slots.shape[0] != x.shape[0]:
@@ -26,15 +27,15 @@ def weighted_scatter(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) 
 
 def forward(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
     n, k = slots.shape
-    out = x.new_zeros(num_slots, x.shape[1])
     if n * k == 0:
-        return out
-    by_slot, order = slots.reshape(-1).sort(stable=True)
-    touched, counts = torch.unique_consecutive(by_slot, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    out[touched] = F.embedding_bag(
-        order // k, x, starts, mode="sum", per_sample_weights=weights.reshape(-1)[order].to(x.dtype)
-    )
+        return x.new_zeros(num_slots, x.shape[1])
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        from memforge_kernels.weighted_scatter import cpu
+
+        return cpu.weighted_scatter(x, slots, weights, num_slots)
+    out = x.new_zeros(num_slots, x.shape[1])
+    grad = sorted_gradient([Read(slots, weights, x)])
+    out[grad.touched] = segment_sum(grad).to(x.dtype)
     return out
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from memforge.blocks.experts.spec import ExpertsPlan
-from memforge_kernels import expert_lookup
+from memforge_kernels import Reader, expert_lookup
 from memforge_kernels.expert_lookup.op import Activation
 
 
@@ -17,6 +17,6 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(shape, dtype=dtype))
         self.up = nn.Parameter(torch.empty(shape, dtype=dtype))
 
-    def forward(self, x: Tensor, slots: Tensor, weights: Tensor, activation: Activation) -> Tensor:
+    def forward(self, x: Tensor, slots: Tensor, weights: Tensor, activation: Activation, reader: Reader) -> Tensor:
         """Weighted sum of the chosen experts' outputs: x [n, d], slots and weights [n, k] -> [n, d]."""
-        return expert_lookup(x, self.down, self.up, slots, weights, activation)
+        return expert_lookup(x, self.down, self.up, slots, weights, activation, reader=reader)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memforge.blocks.ffn.spec import Activation, FfnPlan
+from memforge.blocks.pools import Pools
 
 
 def activate(kind: Activation, hidden: Tensor, up: Tensor | None) -> Tensor:
@@ -24,6 +25,6 @@ class Ffn(nn.Module):
         self.w2 = nn.Linear(plan.hidden_dim, plan.dim, bias=False)
         self.w3 = nn.Linear(plan.dim, plan.hidden_dim, bias=False) if plan.activation == "swiglu" else None
 
-    def forward(self, x: Tensor, pools: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, pools: Pools) -> tuple[Tensor, dict[str, Tensor]]:
         up = self.w3(x) if self.w3 is not None else None
         return self.w2(activate(self.activation, self.w1(x), up)), {}

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memforge.blocks.memory.spec import MemoryPlan
+from memforge.blocks.pools import Pools
 from memforge.blocks.product_keys.module import ProductKeys
 
 
@@ -23,11 +24,11 @@ class Memory(ProductKeys):
         self.gate_proj = nn.Linear(d, 1, bias=False) if plan.gate == "sigmoid" else None
         self.value_proj = nn.Linear(v, d, bias=False) if plan.has_value_proj else None
 
-    def forward(self, x: Tensor, pools: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, pools: Pools) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, d = x.shape
         flat = x.reshape(b * t, d)
         slots, weights = self.lookup(flat)
-        y = self.pool_among(pools)(slots, weights).to(x.dtype)
+        y = self.pool_among(pools)(slots, weights, pools.reader).to(x.dtype)
         if self.w1 is not None and self.w2 is not None:
             y = self.w2(y * F.silu(self.w1(flat)))
         if self.gate_proj is not None:

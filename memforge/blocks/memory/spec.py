@@ -85,7 +85,15 @@ class MemoryPlan(ProductKeyPlan):
         return tuple(rows)
 
     def scratch(self, batch: int, seq_len: int) -> Scratch:
-        return self.read_scratch(batch * seq_len, self.value_dim)
+        return self.read_scratch(batch * seq_len)
+
+    def factors(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        n, reads = batch * seq_len, batch * seq_len * self.num_heads * self.top_k
+        return (
+            Saved("slots", reads, "int64"),
+            Saved("weights", reads),
+            Saved("gradient of what was read", n * self.value_dim),
+        )
 
 
 KIND = Kind(

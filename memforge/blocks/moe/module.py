@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from memforge.blocks.ffn.module import Ffn, activate
 from memforge.blocks.moe.spec import MoePlan, part_of
+from memforge.blocks.pools import Pools
 from memforge_kernels import grouped_linear
 
 
@@ -39,7 +40,7 @@ class Moe(nn.Module):
         shared = plan.shared()
         self.shared = Ffn(shared, norm_eps) if shared is not None else None
 
-    def forward(self, x: Tensor, pools: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, pools: Pools) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, d = x.shape
         flat = x.reshape(b * t, d)
         logits = self.router(flat)

@@ -143,7 +143,9 @@ class MoePlan(KindPlan):
         )
 
     def params(self) -> tuple[Param, ...]:
-        d, e, f, read = self.dim, self.num_experts, self.hidden_dim, RowReads(draws=1, rows=self.top_k)
+        d, e, f = self.dim, self.num_experts, self.hidden_dim
+        # Experts that choose are always full: none of them rests, whatever the tokens are.
+        read = RowReads(draws=1, rows=self.top_k, whole_per_batch=self.router == "expert_choice")
         inner, outer = normal(d**-0.5), normal((2 * self.num_layers * f) ** -0.5)
         up = (Param("w3", (e, d, f), inner, reads=read),) if self.activation == "swiglu" else ()
         shared = self.shared()

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from memforge.blocks.peer.spec import PeerPlan
+from memforge.blocks.pools import Pools
 from memforge.blocks.product_keys.module import ProductKeys
 
 
@@ -17,8 +18,9 @@ class Peer(ProductKeys):
         super().__init__(plan, norm_eps, pool)
         self.activation = plan.activation
 
-    def forward(self, x: Tensor, pools: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, pools: Pools) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, d = x.shape
         flat = x.reshape(b * t, d)
         slots, weights = self.lookup(flat)
-        return self.pool_among(pools)(flat, slots, weights.to(x.dtype), self.activation).view(b, t, d), {}
+        y = self.pool_among(pools)(flat, slots, weights.to(x.dtype), self.activation, pools.reader)
+        return y.view(b, t, d), {}

@@ -49,7 +49,14 @@ class PeerPlan(ProductKeyPlan):
         return (*self.key_saved(n), *(Saved(what, reads) for what in (*before, "activated", "weighted")))
 
     def scratch(self, batch: int, seq_len: int) -> Scratch:
-        return self.read_scratch(batch * seq_len, self.dim)
+        return self.read_scratch(batch * seq_len)
+
+    def factors(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        """Of up, weighted neurons and the gradient of the output; of down, the input and that of the neurons."""
+        n, reads = batch * seq_len, batch * seq_len * self.num_heads * self.top_k
+        neurons = tuple(Saved(what, reads) for what in ("weighted", "gradient of the neurons"))
+        vectors = tuple(Saved(what, n * self.dim) for what in ("input", "gradient of what was read"))
+        return Saved("slots", reads, "int64"), *neurons, *vectors
 
 
 KIND = Kind(

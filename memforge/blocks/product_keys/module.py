@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from memforge.blocks.pools import Pools
 from memforge.blocks.product_keys.spec import ProductKeyPlan
 from memforge_kernels import product_key_topk
 
@@ -20,7 +21,7 @@ class ProductKeys(nn.Module):
         self.query_norm = nn.RMSNorm(half, eps=norm_eps) if plan.qk_norm else None
         self.key_norm = nn.RMSNorm(half, eps=norm_eps) if plan.qk_norm else None
 
-    def pool_among(self, pools: nn.ModuleDict) -> nn.Module:
+    def pool_among(self, pools: Pools) -> nn.Module:
         """The block's own pool, or the shared one it names."""
         pool = self.pool if self.pool_name is None else pools[self.pool_name]
         assert pool is not None

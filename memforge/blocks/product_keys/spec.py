@@ -30,6 +30,10 @@ from memforge.errors import Problem
 SubKeys = Annotated[int, Field(ge=1, le=2**16)]
 
 
+# What memforge_kernels.product_key_topk.cpu holds of them.
+SCORES_AT_A_TIME = 2**20
+
+
 class ProductKeyPoolSpec(KindSpec):
     """A pool of num_sub_keys ** 2 slots."""
 
@@ -161,12 +165,13 @@ class ProductKeyPlan(KindPlan):
             norms = (*norm_saved("query_norm", 2 * n * h, q // 2), *keys, Saved("keys", h * s * q))
         return (*norms, Saved("queries", n * h * q), Saved("slots", n * h * k, "int64"), Saved("weights", n * h * k))
 
-    def read_scratch(self, n: int, width: int) -> Scratch:
-        """Forward while the halves are scored: n*h*2*s scores, three arrays of their bits, and 64-bit sorting keys.
+    def read_scratch(self, n: int) -> Scratch:
+        """Forward: the best of both halves, scores and slots, the scores of a few tokens, and those that were chosen.
 
-        Backward: the gradients of the rows that were read, before they are laid into that of the pool, and the sort of
-        all reads by slot (slot, order, token, weight).
+        Backward: the gradients of weights and scores, and both sub-keys of each slot while they are put together.
         """
-        scores, reads = n * self.num_heads * 2 * self.num_sub_keys, n * self.num_heads * self.top_k
-        touched = min(reads, self.num_sub_keys**2)
-        return Scratch(scores * (4 + 3 * 4 + 8), 4 * touched * width + reads * (8 + 8 + 8 + 4))
+        h, s, k = self.num_heads, self.num_sub_keys, self.top_k
+        reads = n * h * k
+        return Scratch(
+            2 * reads * 12 + 4 * min(n * 2 * h * s, SCORES_AT_A_TIME) + reads * 4, reads * (4 + 4 + 8 + 8 + 16)
+        )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from memforge.blocks.values.spec import ValuesPlan
-from memforge_kernels import weighted_gather
+from memforge_kernels import Reader
 
 
 class Values(nn.Module):
@@ -15,6 +15,6 @@ class Values(nn.Module):
         shape = (plan.num_sub_keys**2, plan.value_dim)
         self.values = nn.Parameter(torch.empty(shape, dtype=getattr(torch, plan.dtype)))
 
-    def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, slots: Tensor, weights: Tensor, reader: Reader) -> Tensor:
         """Weighted sum of rows: slots, weights [n, k] -> [n, v]."""
-        return weighted_gather(self.values, slots, weights)
+        return reader.weighted_gather(self.values, slots, weights)

@@ -1,0 +1,176 @@
+"""product_key_topk on a CPU: scores a few tokens at a time, while they are in cache, and picks the best of each row."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memforge_kernels.product_key_topk.pairs import candidate_pairs
+from memforge_kernels.threads import compiled, inline, over_rows
+
+# Scores held at a time: 4 MiB, about what the second-level caches of a few cores hold.
+CHUNK_SCORES = 2**20
+# Up to here the rank of every candidate by counting beats sorting them.
+MAX_COUNTED = 128
+LARGEST, LOW_32 = 0x7FFFFFFF, 0xFFFFFFFF
+
+
+def product_key_topk(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As the op, for fp32 scores: query [n, h, q], sub_keys [h, 2, s, q/2] -> scores and slots [n, h, k]."""
+    (n, h, q), s = query.shape, sub_keys.shape[2]
+    halves = query.reshape(n, 2 * h, q // 2).float().transpose(0, 1)
+    keys = sub_keys.reshape(2 * h, s, q // 2).float().transpose(1, 2)
+    best, idx = torch.empty(n, 2 * h, k), torch.empty(n, 2 * h, k, dtype=torch.int64)
+    tokens = max(1, CHUNK_SCORES // (2 * h * s))
+    scores = torch.empty(2 * h, min(tokens, n), s)
+    groups = _num_groups(s, k)
+    for first in range(0, n, tokens):
+        chunk = halves[:, first : first + tokens]
+        out = scores[:, : chunk.shape[1]]
+        torch.bmm(chunk, keys, out=out)
+        rows = out.reshape(-1, s).numpy()
+        over_rows(_best_of_rows, len(rows), rows, rows.view(np.int32), groups, first, best.numpy(), idx.numpy())
+    out_scores, out_slots = torch.empty(n, h, k), torch.empty(n, h, k, dtype=torch.int64)
+    arrays = (best.view(n * h, 2, k), idx.view(n * h, 2, k), out_scores.view(n * h, k), out_slots.view(n * h, k))
+    over_rows(_best_of_sums, n * h, *(t.numpy() for t in arrays), _smallest_pairs(k), s)
+    return out_scores, out_slots
+
+
+def _smallest_pairs(k: int) -> np.ndarray:
+    """Where, among the candidate pairs, are the k whose sums are likely the largest: those of the smallest products."""
+    i, j = (np.array(ranks) for ranks in candidate_pairs(k))
+    return np.argsort((i + 1) * (j + 1), kind="stable")[:k]
+
+
+def _num_groups(s: int, k: int) -> int:
+    """Columns are dealt into groups, whose k-th largest maximum bounds the k-th largest score from below.
+
+    0 where a row is too short for that to leave out much.
+    """
+    groups = max(64, 2 * k)
+    return groups if s >= 4 * groups else 0
+
+
+@inline
+def _key(bits, x, index):
+    """A score above, an inverted index below: greater is better, and ties go to the lowest index.
+
+    Signed integers order as the fp32 x with these bits does; -0 equals +0, and every NaN is the largest.
+    """
+    ordered = bits ^ ((bits >> 31) & LARGEST)
+    ordered = ordered if x != 0 else 0
+    ordered = ordered if x == x else LARGEST
+    return (np.int64(ordered) << 32) | (LOW_32 - index)
+
+
+@compiled
+def _is_finite(row):
+    total = np.float32(0)
+    for c in range(row.shape[0]):
+        total += row[c] * np.float32(0)
+    return total == 0
+
+
+@compiled
+def _bound(row, groups, k, tops):
+    """A score that at least k of the row reach: the k-th largest of the groups' maxima, also written to `tops`."""
+    for j in range(groups):
+        tops[j] = row[j]
+    for i in range(1, row.shape[0] // groups):
+        part = row[i * groups : (i + 1) * groups]
+        for j in range(groups):
+            tops[j] = part[j] if part[j] > tops[j] else tops[j]
+    bound = np.float32(np.inf)
+    for j in range(groups):
+        above = np.float32(0)  # a float fills a vector of floats
+        for i in range(groups):
+            above += np.float32(1) if tops[i] > tops[j] else np.float32(0)
+        if above < k and tops[j] < bound:
+            bound = tops[j]
+    return bound
+
+
+@compiled
+def _reaching(row, bound, groups, tops, columns):
+    """How many scores reach the bound; their columns are written. Without branches, which nobody could predict."""
+    dealt, count = row.shape[0] - row.shape[0] % groups, 0
+    for j in range(groups):
+        if tops[j] >= bound:
+            for c in range(j, dealt, groups):
+                columns[count] = c
+                count += 1 if row[c] >= bound else 0
+    for c in range(dealt, row.shape[0]):
+        columns[count] = c
+        count += 1 if row[c] >= bound else 0
+    return count
+
+
+@compiled
+def _write_best(keys, count, row, values, index):
+    """The k largest of `count` keys, descending, as scores and columns of the row."""
+    k = values.shape[0]
+    if count > MAX_COUNTED:
+        ordered = np.sort(keys[:count])
+        for rank in range(k):
+            index[rank] = LOW_32 - (ordered[count - 1 - rank] & LOW_32)
+            values[rank] = row[index[rank]]
+        return
+    for a in range(count):
+        key, rank = keys[a], 0
+        for b in range(count):
+            rank += 1 if keys[b] > key else 0
+        if rank < k:
+            index[rank] = LOW_32 - (key & LOW_32)
+            values[rank] = row[index[rank]]
+
+
+@compiled
+def _best_of_rows(start, stop, scores, bits, groups, first_token, best, idx):
+    """Rows of scores [2h * tokens, s], the tokens of each half of a head together -> best, idx [n, 2h, k]."""
+    s, k = scores.shape[1], best.shape[2]
+    tokens = scores.shape[0] // best.shape[1]
+    keys, columns, tops = np.empty(s, np.int64), np.empty(s + 1, np.int64), np.empty(max(groups, 1), np.float32)
+    for r in range(start, stop):
+        row, of_row = scores[r], bits[r]
+        count = s
+        if groups > 0 and _is_finite(row):
+            count = _reaching(row, _bound(row, groups, k, tops), groups, tops, columns)
+        for a in range(count):
+            columns[a] = columns[a] if count < s else a
+            keys[a] = _key(of_row[columns[a]], row[columns[a]], columns[a])
+        half, token = r // tokens, first_token + r % tokens
+        _write_best(keys, count, row, best[token, half], idx[token, half])
+
+
+@compiled
+def _best_of_sums(start, stop, best, idx, scores, slots, likely, s):
+    """best, idx [n * h, 2, k] -> scores, slots [n * h, k]; `likely` [k] bounds the k-th best sum from below."""
+    k = scores.shape[1]
+    num_pairs = 0
+    for i in range(k):
+        num_pairs += k // (i + 1)
+    sums, keys = np.empty(num_pairs, np.float32), np.empty(num_pairs, np.int64)
+    bits = sums.view(np.int32)
+    kept_sums, kept = np.empty(num_pairs, np.float32), np.empty(num_pairs, np.int64)
+    for r in range(start, stop):
+        firsts, seconds, first_idx, second_idx = best[r, 0], best[r, 1], idx[r, 0], idx[r, 1]
+        p = 0
+        for i in range(k):
+            x, row = firsts[i], first_idx[i] * s
+            for j in range(k // (i + 1)):
+                sums[p + j] = x + seconds[j]
+                keys[p + j] = _key(bits[p + j], sums[p + j], row + second_idx[j])
+            p += k // (i + 1)
+        bound = keys[likely[0]]
+        for j in range(1, k):
+            bound = min(bound, keys[likely[j]])
+        count = 0
+        for p in range(num_pairs):
+            if keys[p] >= bound:
+                kept[count], kept_sums[count] = keys[p], sums[p]
+                count += 1
+        for a in range(count):
+            key, rank = kept[a], 0
+            for b in range(count):
+                rank += 1 if kept[b] > key else 0
+            if rank < k:
+                scores[r, rank], slots[r, rank] = kept_sums[a], LOW_32 - (key & LOW_32)
