@@ -338,6 +338,10 @@ def op_arguments() -> dict[str, tuple[object, tuple[object, ...]]]:
             ops.product_key_topk,
             (torch.randn(5, 2, 6, requires_grad=True), torch.randn(2, 2, 7, 3, requires_grad=True), 3),
         ),
+        "product_key_topk_grad": (
+            ops.product_key_topk_grad,
+            (torch.randn(5, 2, 3), torch.randn(5, 2, 6), torch.randn(2, 2, 7, 3), torch.randint(49, (5, 2, 3))),
+        ),
         "grouped_linear": (ops.grouped_linear, (x.requires_grad_(), experts.requires_grad_(), offsets)),
         "grouped_weight_grad": (ops.grouped_linear_weight_grad, (x.detach(), torch.randn(6, 5), offsets)),
     }

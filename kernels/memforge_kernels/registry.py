@@ -23,6 +23,10 @@ def _product_key_topk_flops(query: Shape, sub_keys: Shape, k: int, **_: Any) -> 
     return 2 * n * h * sub_keys[2] * q
 
 
+def _product_key_topk_grad_flops(grad: Shape, query: Shape, *_: Any, **__: Any) -> int:
+    return 4 * grad[0] * grad[1] * grad[2] * query[2]
+
+
 def _weighted_gather_flops(values: Shape, slots: Shape, weights: Shape, **_: Any) -> int:
     return 2 * slots[0] * slots[1] * values[1]
 
@@ -59,6 +63,7 @@ def _row_sgd_flops(values: Shape, master: Any, rows: Shape, row_idx: Shape, *arg
 
 FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.memforge.product_key_topk: _product_key_topk_flops,
+    torch.ops.memforge.product_key_topk_grad: _product_key_topk_grad_flops,
     torch.ops.memforge.weighted_gather: _weighted_gather_flops,
     torch.ops.memforge.gather_dot: _gather_dot_flops,
     torch.ops.memforge.weighted_scatter: _weighted_scatter_flops,
@@ -72,6 +77,7 @@ FLOP_FORMULAS: dict[Any, Callable[..., int]] = {
 
 KERNELS: dict[Any, Callable[..., Any]] = {
     torch.ops.memforge.product_key_topk.default: product_key_topk.forward,
+    torch.ops.memforge.product_key_topk_grad.default: product_key_topk.gradients,
     torch.ops.memforge.weighted_gather.default: weighted_gather.forward,
     torch.ops.memforge.weighted_scatter.default: weighted_scatter.forward,
     torch.ops.memforge.gather_dot.default: gather_dot.forward,

@@ -7,8 +7,8 @@ from torch import Tensor
 from memforge_kernels.product_key_topk.pairs import candidate_pairs
 from memforge_kernels.threads import compiled, inline, over_rows
 
-# Scores held at a time: 4 MiB, about what the second-level caches of a few cores hold.
-CHUNK_SCORES = 2**20
+# Scores held at a time, 8 MiB: fewer are handed to the threads too often, more fall out of the caches.
+CHUNK_SCORES = 2**21
 # Up to here the rank of every candidate by counting beats sorting them.
 MAX_COUNTED = 128
 LARGEST, LOW_32 = 0x7FFFFFFF, 0xFFFFFFFF
@@ -33,6 +33,16 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, T
     arrays = (best.view(n * h, 2, k), idx.view(n * h, 2, k), out_scores.view(n * h, k), out_slots.view(n * h, k))
     over_rows(_best_of_sums, n * h, *(t.numpy() for t in arrays), _smallest_pairs(k), s)
     return out_scores, out_slots
+
+
+def gradients(grad: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Of query [n, h, q] and sub_keys [h, 2, s, q/2], in fp32 or fp64: grad and slots [n, h, k]."""
+    (n, h, q), s = query.shape, sub_keys.shape[2]
+    d_query, d_keys = query.new_empty(n, 2 * h, q // 2), query.new_zeros(2 * h, s, q // 2)
+    given = (grad.to(query.dtype), slots, query.reshape(n, 2 * h, q // 2), sub_keys.reshape(2 * h, s, q // 2))
+    # A half of a head is one thread's, which adds to its sub-keys in the order of the tokens.
+    over_rows(_gradients, 2 * h, *(t.contiguous().numpy() for t in given), d_query.numpy(), d_keys.numpy())
+    return d_query.view(query.shape), d_keys.view(sub_keys.shape)
 
 
 def _smallest_pairs(k: int) -> np.ndarray:
@@ -174,3 +184,22 @@ def _best_of_sums(start, stop, best, idx, scores, slots, likely, s):
                 rank += 1 if kept[b] > key else 0
             if rank < k:
                 scores[r, rank], slots[r, rank] = kept_sums[a], LOW_32 - (key & LOW_32)
+
+
+@compiled
+def _gradients(start, stop, grad, slots, query, keys, d_query, d_keys):
+    """Halves of heads: what each chosen sub-key gives to its query, and its query to it."""
+    n, k, s = grad.shape[0], grad.shape[2], keys.shape[1]
+    for half in range(start, stop):
+        head, second = half // 2, half % 2
+        for i in range(n):
+            x, d_x = query[i, half], d_query[i, half]
+            for c in range(x.shape[0]):
+                d_x[c] = 0
+            for j in range(k):
+                slot, g = slots[i, head, j], grad[i, head, j]
+                row = slot % s if second else slot // s
+                key, d_key = keys[half, row], d_keys[half, row]
+                for c in range(x.shape[0]):
+                    d_x[c] += g * key[c]
+                    d_key[c] += g * x[c]

@@ -81,25 +81,39 @@ def _setup_context(
     ctx.save_for_backward(query, sub_keys, slots)
 
 
-def _backward(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, None]:
-    """A bag over the selected sub-keys for the query, and the gradient of that bag for the sub-keys."""
-    query, sub_keys, slots = ctx.saved_tensors
+def gradients(grad: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Of query and sub_keys, in their types: grad and slots [n, h, k]. Only the chosen sub-keys take part."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if query.device.type == "cpu":
+        from memforge_kernels.product_key_topk import cpu
+
+        d_query, d_keys = cpu.gradients(grad, query.to(dtype), sub_keys.to(dtype), slots)
+        return d_query.to(query.dtype), d_keys.to(sub_keys.dtype)
+    # A bag over the selected sub-keys for the query, and the gradient of that bag for the sub-keys.
     (n, h, q), (s, k) = query.shape, (sub_keys.shape[2], slots.shape[2])
     # Row ((head * 2 + half) * s + index) of the sub-keys laid out flat.
     first = torch.arange(2 * h, device=slots.device).view(1, h, 2, 1) * s
     rows = torch.stack((slots // s, slots % s), dim=2).add_(first).view(n * h * 2, k)
     weights = grad.unsqueeze(2).expand(n, h, 2, k).reshape(n * h * 2, k)
-    flat_keys = sub_keys.reshape(h * 2 * s, q // 2)
-    d_query = d_keys = None
-    if ctx.needs_input_grad[0]:
-        bag = torch.ops.memforge.weighted_gather(flat_keys, rows, weights)
-        d_query = bag.view(n, h, q).to(query.dtype)
-    if ctx.needs_input_grad[1]:
-        halves = query.reshape(n * h * 2, q // 2).to(grad.dtype)
-        d_keys = torch.ops.memforge.weighted_scatter(halves, rows, weights, h * 2 * s)
-        d_keys = d_keys.view(sub_keys.shape).to(sub_keys.dtype)
+    d_query = torch.ops.memforge.weighted_gather(sub_keys.reshape(h * 2 * s, q // 2), rows, weights)
+    halves = query.reshape(n * h * 2, q // 2).to(grad.dtype)
+    d_keys = torch.ops.memforge.weighted_scatter(halves, rows, weights, h * 2 * s)
+    return d_query.view(n, h, q).to(query.dtype), d_keys.view(sub_keys.shape).to(sub_keys.dtype)
+
+
+_gradients_op = torch.library.custom_op("memforge::product_key_topk_grad", gradients, mutates_args=())
+
+
+@_gradients_op.register_fake
+def _(grad: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), sub_keys.new_empty(sub_keys.shape)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None]:
+    query, sub_keys, slots = ctx.saved_tensors
+    d_query, d_keys = torch.ops.memforge.product_key_topk_grad(grad, query, sub_keys, slots)
     return d_query, d_keys, None
 
 

@@ -31,7 +31,7 @@ SubKeys = Annotated[int, Field(ge=1, le=2**16)]
 
 
 # What memforge_kernels.product_key_topk.cpu holds of them.
-SCORES_AT_A_TIME = 2**20
+SCORES_AT_A_TIME = 2**21
 
 
 class ProductKeyPoolSpec(KindSpec):
