@@ -30,6 +30,10 @@ def build(
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Of --emit: initial weights; default: train.seed, or 0.")
     ] = None,
+    gpus: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="TARGET", help="Compile the kernels for this GPU, e.g. sm_90; repeatable."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Validate, plan, prove the budget, export the graph; write the build directory."""
@@ -40,8 +44,8 @@ def build(
     from memforge.report.cost import cost_record
 
     _require_sense(emit, weights, seed)
-    if plan_only and (emit is not None or out is not None):
-        raise UsageError("--plan-only writes nothing: --out and --emit have no meaning with it")
+    if plan_only and (emit is not None or out is not None or gpus is not None):
+        raise UsageError("--plan-only writes nothing: --out, --emit and --target have no meaning with it")
     ranks = None if mesh is None else parse_mesh(mesh)
     plan = make_plan(load(spec, set_, spec_root))
     cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=ranks, dense_values=plan.run.dense_values).as_dict()
@@ -58,7 +62,7 @@ def build(
     with console(stderr=True).status("building on meta and exporting the graph"):
         from memforge.export.directory import Weights, write_build
 
-        manifest = write_build(plan, target, aten=Weights(seed, weights) if emit else None, mesh=ranks)
+        manifest = write_build(plan, target, aten=Weights(seed, weights) if emit else None, mesh=ranks, targets=gpus)
     if json_:
         print_json({"directory": str(target), "caveats": cost["caveats"], **manifest})
     else:

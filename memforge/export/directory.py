@@ -17,6 +17,7 @@ from memforge.cost.mesh import Mesh
 from memforge.errors import StorageError
 from memforge.export.aten import aten_program, logit_difference, require_room
 from memforge.export.graph import export_graph, pt2_bytes, readable
+from memforge.export.kernels import kernel_configs
 from memforge.parity import claimed, report_seq_len
 from memforge.plan import Plan
 from memforge.profile.counter import require_exact
@@ -25,7 +26,7 @@ from memforge.training.checkpoint import open_run
 
 FORMAT_VERSION = 1
 # The .pt2 files are zip archives in which torch writes its own identifiers; the rest is the same byte for byte.
-FILES = {"plan.json": True, "cost.json": True, "graph.py": True, "model.pt2": False}
+FILES = {"plan.json": True, "cost.json": True, "graph.py": True, "kernels.json": True, "model.pt2": False}
 ATEN = {"model.aten.pt2": False}
 
 
@@ -37,10 +38,18 @@ class Weights:
     run: Path | None = None
 
 
-def write_build(plan: Plan, out: Path, *, aten: Weights | None = None, mesh: Mesh | None = None) -> dict[str, Any]:
+def write_build(
+    plan: Plan,
+    out: Path,
+    *,
+    aten: Weights | None = None,
+    mesh: Mesh | None = None,
+    targets: list[str] | None = None,
+) -> dict[str, Any]:
     """Write the build directory of a plan and return its manifest.
 
-    With `aten` the model is also exported with those weights as plain torch ops, to run without memforge.
+    `targets` are GPUs that the kernels are compiled for, so that kernels.json says what they take there. With `aten`
+    the model is also exported with those weights as plain torch ops, to run without memforge.
     `out` is replaced if it is a build directory. Raises StorageError if it is anything else that is not empty,
     CheckFailedError if the model does not have the parameters and FLOPs of the ledger, and DeviceError if the weights
     to export do not fit into memory.
@@ -51,11 +60,12 @@ def write_build(plan: Plan, out: Path, *, aten: Weights | None = None, mesh: Mes
         require_room(plan.model)
     counted = require_exact(plan.model)
     cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=mesh, dense_values=plan.run.dense_values)
-    parity = claimed(plan)
+    parity, kernels = claimed(plan), kernel_configs(plan, targets)
     program = export_graph(plan.model)
     with replaced_directory(out) as directory:
         (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         write_json(directory / "cost.json", cost.as_dict() | {"parity": parity.as_dict() if parity else None})
+        write_json(directory / "kernels.json", {"kernels": kernels})
         (directory / "graph.py").write_text(readable(program, plan.name), encoding="utf-8")
         (directory / "model.pt2").write_bytes(pt2_bytes(program))
         emitted = _emit_aten(plan, directory, aten) if aten is not None else None
@@ -109,6 +119,6 @@ def _is_replaceable(out: Path) -> bool:
     try:
         manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"].keys()
-        return names <= {"manifest.json", *files} and FILES.keys() <= files <= {*FILES, *ATEN}
+        return names <= {"manifest.json", *files} and "plan.json" in files and files <= {*FILES, *ATEN}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
