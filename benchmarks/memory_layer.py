@@ -32,9 +32,9 @@ HERE = Path(__file__).parent
 DIM, HEADS, TOP_K, KEY_DIM = 256, 4, 32, 128
 STEPS, WARM_UP = 6, 2
 PHASES = ("forward", "backward", "update", "step")
-# A thread that waits inside OpenMP spins for up to 15 ms, on a core that the next kernel could use. Peers are measured
-# both ways and keep the faster one.
-WAITING = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
+# torch as it comes, and as memforge's command line sets it: threads that wait sleep, and do not spin up to 15 ms
+# on a core that the next kernel could use, and large tensors lie in large pages.
+SETTINGS = {"default": {}, "memforge": {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}}
 
 
 class PlainMemory(nn.Module):
@@ -190,34 +190,33 @@ def run_arm(name: str, sub_keys: int, tokens: int) -> dict[str, Any]:
     return {"times": times, "beyond_bytes": held("VmHWM") - before}
 
 
-def in_process(name: str, sub_keys: int, tokens: int, waiting: str) -> dict[str, Any]:
+def in_process(name: str, sub_keys: int, tokens: int, setting: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--arm", name, "--sub-keys", str(sub_keys), "--tokens", str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **WAITING[waiting]})
+    env = {key: value for key, value in os.environ.items() if key not in SETTINGS["memforge"]} | SETTINGS[setting]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
-        why = done.stderr.strip().rpartition("\n")[2] or f"ended with {done.returncode}"
+        why = done.stderr.strip().rpartition("\n")[2] or "no message"
         return {"failed": f"{why} (exit {done.returncode})"}
     return json.loads(done.stdout)
 
 
-def compare(arms: list[str], sub_keys: int, tokens: int, rounds: int, waiting: list[str]) -> dict[str, Any]:
-    """All arms, taking turns; of the ways of waiting each arm keeps the one with the faster median step."""
+def compare(arms: list[str], sub_keys: int, tokens: int, rounds: int, settings: list[str]) -> list[dict[str, Any]]:
+    """All arms in all settings, taking turns."""
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for number in range(rounds):
-        for name in arms:
-            for way in waiting if name != "ours" else ["sleeping"]:
-                say(f"round {number + 1}/{rounds}  {name} ({way})")
-                runs.setdefault((name, way), []).append(in_process(name, sub_keys, tokens, way))
-    results: dict[str, Any] = {}
-    for (name, way), parts in runs.items():
-        if failed := next((part["failed"] for part in parts if "failed" in part), None):
-            results.setdefault(name, {"failed": failed})
-            continue
-        pooled = {phase: [t for part in parts for t in part["times"][phase]] for phase in PHASES}
-        row = {phase: percentiles(values) for phase, values in pooled.items()}
-        row |= {"beyond_bytes": max(part["beyond_bytes"] for part in parts), "waiting": way}
-        if "failed" in results.get(name, {"failed": 1}) or row["step"][1] < results[name]["step"][1]:
-            results[name] = row
-    return results
+        for setting in settings:
+            for name in arms:
+                say(f"round {number + 1}/{rounds}  {name} ({setting})")
+                runs.setdefault((name, setting), []).append(in_process(name, sub_keys, tokens, setting))
+    return [{"arm": name, "setting": setting, **pooled(parts)} for (name, setting), parts in runs.items()]
+
+
+def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Percentiles over all rounds, or why there are none."""
+    if failed := next((part["failed"] for part in parts if "failed" in part), None):
+        return {"failed": failed}
+    row: dict[str, Any] = {p: percentiles([t for part in parts for t in part["times"][p]]) for p in PHASES}
+    return row | {"beyond_bytes": max(part["beyond_bytes"] for part in parts)}
 
 
 def percentiles(values: list[float]) -> list[float]:
@@ -318,19 +317,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def show(results: dict[str, Any], where: str) -> None:
-    """A table of p20 / p50 / p80, and every step as a ratio to ours."""
-    print(
-        f"\n{where}\n{'arm':9}" + "".join(f"{phase:>24}" for phase in PHASES) + f"{'beyond':>10}{'to ours':>9}  waiting"
-    )
-    ours = results.get("ours", {}).get("step", [0, 0, 0])[1]
-    for name, row in results.items():
+def show(results: list[dict[str, Any]], where: str) -> None:
+    """A table of p20 / p50 / p80, and every step as a ratio to ours as memforge runs it."""
+    head = "".join(f"{phase:>24}" for phase in PHASES)
+    print(f"\n{where}\n{'arm':9}{'torch set':11}{head}{'beyond':>10}{'to ours':>9}")
+    ours = [row["step"][1] for row in results if row["arm"] == "ours" and "step" in row]
+    for row in results:
+        name = f"{row['arm']:9}{row['setting']:11}"
         if "failed" in row:
-            print(f"{name:9}  not run: {row['failed']}")
+            print(f"{name}not run: {row['failed']}")
             continue
         cells = "".join(f"{' / '.join(f'{t:,.0f}' for t in row[phase]):>24}" for phase in PHASES)
-        ratio = f"{row['step'][1] / ours:.2f}" if ours else ""
-        print(f"{name:9}{cells}{row['beyond_bytes'] / 1e6:>7,.0f} MB{ratio:>9}  {row['waiting']}")
+        ratio = f"{row['step'][1] / ours[-1]:.2f}" if ours else ""
+        print(f"{name}{cells}{row['beyond_bytes'] / 1e6:>7,.0f} MB{ratio:>9}")
 
 
 def show_parts(found: dict[str, Any]) -> None:
@@ -352,7 +351,7 @@ def sweep(axis: str, rounds: int) -> list[dict[str, Any]]:
     for number in range(rounds):
         for point in points:
             say(f"round {number + 1}/{rounds}  {point[0] ** 2:,} slots, {point[1]:,} tokens")
-            collected[point].append(in_process("ours", *point, "sleeping"))
+            collected[point].append(in_process("ours", *point, "memforge"))
     rows = []
     for (sub_keys, tokens), runs in collected.items():
         row = {phase: percentiles([t for run in runs for t in run["times"][phase]]) for phase in PHASES}
@@ -367,7 +366,7 @@ def parts_of(sub_keys: int, tokens: int) -> dict[str, Any]:
     found = json.loads(
         subprocess.run(
             [sys.executable, __file__, "--parts", "--json", "--sub-keys", str(sub_keys), "--tokens", str(tokens)],
-            capture_output=True, text=True, check=True, env={**os.environ, **WAITING["sleeping"]},
+            capture_output=True, text=True, check=True, env={**os.environ, **SETTINGS["memforge"]},
         ).stdout
     )  # fmt: skip
     rows = found["rows"]
@@ -387,7 +386,6 @@ def main() -> None:
     parser.add_argument("--sweep", choices=("slots", "tokens"))
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--json", action="store_true", help="with --parts: print the record")
-    parser.add_argument("--quick", action="store_true", help="peers only with sleeping threads")
     parser.add_argument("--arm", choices=tuple(ARMS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.arm:
@@ -413,9 +411,7 @@ def main() -> None:
         arms = [arm for arm in args.arms.split(",") if arm != "package" or find_spec("product_key_memory")]
         if "package" in args.arms and "package" not in arms:
             say('package: not run; pip install -c constraints.txt -e ".[bench]" brings it')
-        record["arms"] = compare(
-            arms, args.sub_keys, args.tokens, args.rounds, ["sleeping"] if args.quick else [*WAITING]
-        )
+        record["arms"] = compare(arms, args.sub_keys, args.tokens, args.rounds, [*SETTINGS])
         name = f"memory_layer-{args.sub_keys}x{args.sub_keys}"
         show(record["arms"], where)
     results = HERE / "results"
