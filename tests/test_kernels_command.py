@@ -1,15 +1,18 @@
 """memforge kernels, tune and build --target: what kernels compile to, on a machine without a GPU."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO, memforge
+from rich.console import Console
 
 from memforge.errors import DeviceError
 from memforge.export.kernels import kernel_configs, kernel_keys
 from memforge.plan import make_plan
+from memforge.report.kernels import show_kernels
 from memforge.spec import load_spec
 from memforge_kernels import machine_code, tuning
 
@@ -46,7 +49,13 @@ def test_a_dense_model_has_no_kernels_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("kernels", "--target", "sm_1"), ("tune", "--target", "H100"), ("build", SPEC, "--target", "x")]
+    "command",
+    [
+        ("kernels", "--target", "sm_1"),
+        ("tune", "--target", "H100"),
+        ("tune", "--target", "sm_86"),  # it compiles, but nothing is known of its memory
+        ("build", SPEC, "--target", "x"),
+    ],
 )
 def test_an_unknown_target_is_refused_with_the_known_ones(command: tuple[object, ...], tmp_path: Path) -> None:
     done = memforge(*command, cwd=tmp_path)
@@ -70,3 +79,14 @@ def test_a_missing_compiler_tool_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(machine_code, "_tool", missing)
     with pytest.raises(DeviceError, match=r"is not in the installed triton package"):
         kernel_configs(make_plan(load_spec(SPEC)), ["sm_90"])
+
+
+def test_no_number_of_a_kernel_is_cut_on_a_narrow_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    narrow = Console(file=screen, width=40, height=25, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr("memforge.report.kernels.console", lambda: narrow)
+    plan = make_plan(load_spec(SPEC))
+    show_kernels(kernel_configs(plan, ["sm_90"])[:1])
+    shown = screen.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert "product_key_topk.halves" in shown

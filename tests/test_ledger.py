@@ -3,15 +3,17 @@
 import io
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, memforge
+from conftest import REPO, memforge, write
 from rich.console import Console
 from torch import Tensor
 
 from memforge.blocks.base import OpCost, RowReads, Traffic, matmul_cost
 from memforge.blocks.ffn.module import Ffn
+from memforge.blocks.product_keys.spec import SCORES_AT_A_TIME
 from memforge.cost import estimate
 from memforge.cost.access import distinct_uniform, distinct_zipf
 from memforge.cost.devices import Device
@@ -24,6 +26,7 @@ from memforge.profile.counter import require_exact
 from memforge.profile.measure import measure_step
 from memforge.report.cost import kind_table, layer_table, roofline_table, show_tables, si, traffic_table
 from memforge.spec import load_spec
+from memforge_kernels.product_key_topk.cpu import CHUNK_SCORES
 
 DEMO = REPO / "specs" / "demo"
 
@@ -66,6 +69,54 @@ def test_by_rows_a_pool_takes_nothing_but_weights_and_moments() -> None:
     assert 3 * 4 * grown <= peaks[1] - peaks[0] <= 3.1 * 4 * grown
     for plan, peak in zip((small, large), peaks, strict=True):
         assert measure_step(plan, 2, 8).peak == pytest.approx(peak, rel=0.1)
+
+
+MANY_READS = """
+[model]
+name = "many-reads"
+dim = 128
+num_layers = 2
+vocab_size = 64
+max_seq_len = 256
+
+[attention]
+num_heads = 4
+
+[[place]]
+layers = "all"
+"""
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        'kind = "memory", num_sub_keys = 64, top_k = 64, gate = "sigmoid", value_dim = 64',
+        'kind = "memory", num_sub_keys = 300, top_k = 32, gate = "swilu", qk_norm = true',
+        'kind = "peer", num_sub_keys = 16, top_k = 16, activation = "relu"',
+    ],
+)
+@pytest.mark.parametrize("checkpoint_layers", [False, True])
+def test_the_peak_of_many_reads_on_few_tokens_is_predicted(block: str, checkpoint_layers: bool, tmp_path: Path) -> None:
+    spec = write(tmp_path / "s.toml", f"{MANY_READS}block = {{ {block}, num_heads = 8, key_dim = 64 }}\n")
+    plan = make_plan(load_spec(spec))
+    memory = estimate(plan.model, batch=4, seq_len=256).memory
+    predicted = memory.peak_checkpointed if checkpoint_layers else memory.peak
+    measured = measure_step(plan, 4, 256, checkpoint_layers=checkpoint_layers)
+    assert measured.peak == pytest.approx(predicted, rel=0.1)
+
+
+def test_the_ledger_knows_how_many_scores_the_kernel_holds() -> None:
+    assert SCORES_AT_A_TIME == CHUNK_SCORES
+
+
+def test_ranks_hold_gradients_of_pools_only_where_all_rows_are_updated() -> None:
+    plan = demo("memory").model
+    by_rows, dense = (
+        estimate(plan, mesh=Mesh(memory=2), dense_values=dense).as_dict()["mesh"] for dense in (False, True)
+    )
+    pools = 4 * by_rows["pool_params_per_rank"]
+    assert dense["gradient_bytes_per_rank"] == dense["weight_bytes_per_rank"]
+    assert by_rows["gradient_bytes_per_rank"] == dense["gradient_bytes_per_rank"] - pools
 
 
 def test_a_tied_embedding_has_three_gradients_at_once() -> None:

@@ -19,7 +19,7 @@ from memforge_kernels.row_update import kernel as row_update
 from memforge_kernels.tuning import Config, Key
 from memforge_kernels.weighted_gather import kernel as weighted_gather
 
-__all__ = ["NotCompiled", "ToolMissing", "best", "compile_kernel", "record", "report", "targets"]
+__all__ = ["NotCompiled", "ToolMissing", "best", "compile_kernel", "ranked_targets", "record", "report", "targets"]
 
 
 class NotCompiled(RuntimeError):  # noqa: N818 - as ToolMissing
@@ -88,6 +88,11 @@ _SPEED = {
     "sm_100": Speed(8.0e12, 0.7e-6, 148, 128 * 1.85e9),
     "gfx942": Speed(5.3e12, 0.8e-6, 304, 64 * 2.1e9),
 }
+
+
+def ranked_targets() -> tuple[str, ...]:
+    """The targets whose memory is known as well, so that configs can be ranked for them."""
+    return tuple(_SPEED)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ CONVENTIONS = (
     "memory: training in fp32 with AdamW, pools by the rows that were read, whose gradient stays in factors; "
     "activations are what autograd keeps in eager mode",
     "mesh: dense parameters by rows over dp_shard x memory ranks, pools by columns over memory, a copy on every other "
-    "rank; activations are not in it",
+    "rank; activations and the gradients of pools, which follow the tokens, are not in it",
     "roofline: the least time by peak FLOPs and bandwidth, each row and weight moved once; the update moves all but "
     "rows of pools that no token read (uniform); in bf16 on named devices, pools and update in the types they are "
     "stored in; memory-bound is a share of forward and backward time",
@@ -254,7 +254,7 @@ def estimate(
         caveats=plan.caveats(),
         memory=step_memory(plan, batch, t, dense_values=dense_values),
         roofline=tuple(lines),
-        mesh=None if mesh is None else per_rank(plan, mesh),
+        mesh=None if mesh is None else per_rank(plan, mesh, dense_values=dense_values),
     )
 
 

@@ -126,15 +126,15 @@ class _Gradients:
         self.pools: dict[str, int] = defaultdict(int)
         for row in plan.params:
             self._add(row)
-        self.factors = [
-            0 if dense_values else sum(t.bytes for part in layer.blocks for t in part.factors(batch, seq_len))
-            for layer in plan.layers
-        ]
-        self.factors_by_kind: dict[str, int] = defaultdict(int)
-        for part in plan.sublayers():
-            if not dense_values:
-                self.factors_by_kind[part.kind] += sum(t.bytes for t in part.factors(batch, seq_len))
-        self.sorting = 0 if dense_values else _sorting(plan, batch * seq_len)
+        self.factors, self.factors_by_kind, self.sorting = [0] * plan.num_layers, dict[str, int](), 0
+        if dense_values:
+            return
+        self.sorting = _sorting(plan, batch * seq_len)
+        for idx, layer in enumerate(plan.layers):
+            for block in layer.blocks:
+                size = sum(tensor.bytes for tensor in block.factors(batch, seq_len))
+                self.factors[idx] += size
+                self.factors_by_kind[block.kind] = self.factors_by_kind.get(block.kind, 0) + size
 
     @property
     def total(self) -> int:
@@ -169,10 +169,10 @@ def _sorting(plan: ModelPlan, tokens: int) -> int:
         if updated_by_rows(row):
             reads = tokens * sum(read.draws * read.rows for read in row.reads)
             touched = min(reads, row.shape[0])  # at most
-            held += reads * (INT64 + FP32) + 2 * INT64 * touched  # the token and weight of each; slots and starts
-            extra = max(
-                extra, 3 * INT64 * reads + INT64 * touched
-            )  # sorted slots, their order, unsorted tokens; counts
+            # The token and weight of each read, the slots, where each starts; while they are sorted also the sorted
+            # slots, their order, the tokens unsorted, and where slots change.
+            held += reads * (INT64 + FP32) + 2 * INT64 * touched
+            extra = max(extra, 3 * INT64 * reads + INT64 * touched)
     return held + extra
 
 

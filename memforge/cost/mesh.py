@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memforge.blocks.base import BYTES_PER_ELEMENT
-from memforge.cost.memory import state_bytes
+from memforge.cost.memory import state_bytes, updated_by_rows
 from memforge.errors import UsageError, printable
 from memforge.plan import ModelPlan, ParamRow
 
@@ -45,7 +45,7 @@ def parse_mesh(text: str) -> Mesh:
     return mesh
 
 
-def per_rank(plan: ModelPlan, mesh: Mesh) -> dict[str, Any]:
+def per_rank(plan: ModelPlan, mesh: Mesh, *, dense_values: bool = False) -> dict[str, Any]:
     """The largest share that any rank holds. Raises UsageError where columns do not divide over the memory ranks."""
     for row in plan.params:
         if row.group == "values" and row.shape[-1] % mesh.memory:
@@ -59,7 +59,10 @@ def per_rank(plan: ModelPlan, mesh: Mesh) -> dict[str, Any]:
         "dense_params_per_rank": sum(numel for row, numel in shares if row.group == "dense"),
         "pool_params_per_rank": sum(numel for row, numel in shares if row.group == "values"),
         "weight_bytes_per_rank": weights,
-        "gradient_bytes_per_rank": weights,
+        # That of a pool stays in factors, which follow the tokens of a step and not its size.
+        "gradient_bytes_per_rank": sum(
+            numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in shares if dense_values or not updated_by_rows(row)
+        ),
         "optimizer_bytes_per_rank": sum(numel * state_bytes(row) for row, numel in shares),
     }
 

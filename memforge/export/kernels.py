@@ -1,6 +1,7 @@
 """Which kernel configs a model's ops run with on which GPU, and what they compile to."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,18 +87,23 @@ def kernel_configs(plan: Plan, targets: list[str] | None) -> list[dict[str, Any]
 
 
 def _compiled(keys: list[tuple[str, Key]], target: str) -> Iterator[dict[str, Any]]:
-    offline = offline_for(target)
-    try:
+    with compiling_for(target) as offline:
         for op, key in keys:
             yield tuning.explained(op, key, target) | offline.record(op, key, target)
-    except (offline.ToolMissing, offline.NotCompiled) as error:
-        raise DeviceError(str(error)) from None
 
 
-def offline_for(target: str) -> Any:
-    """The module that compiles without a GPU. Raises UsageError for a target it does not know."""
+@contextmanager
+def compiling_for(target: str, *, ranked: bool = False) -> Iterator[Any]:
+    """The module that compiles kernels without a GPU, for a target that it knows (`ranked`: and can rank configs for).
+
+    Raises UsageError for another target, DeviceError where compiler tools are missing or give up.
+    """
     from memforge_kernels import offline
 
-    if target not in offline.targets():
-        raise UsageError(f"--target {printable(target)}: known are {', '.join(offline.targets())}")
-    return offline
+    known = offline.ranked_targets() if ranked else offline.targets()
+    if target not in known:
+        raise UsageError(f"--target {printable(target)}: known are {', '.join(known)}")
+    try:
+        yield offline
+    except (offline.ToolMissing, offline.NotCompiled) as error:
+        raise DeviceError(str(error)) from None

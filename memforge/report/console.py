@@ -7,6 +7,7 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 # Tables are never narrower than their numbers: a terminal folds long lines, a file has no width at all.
 MIN_WIDTH, PIPED_WIDTH = 110, 10_000
@@ -25,6 +26,13 @@ def console(*, stderr: bool = False) -> Console:
     width = max(MIN_WIDTH, screen.width) if screen.is_terminal else PIPED_WIDTH
     # Without a height, rich takes a dumb terminal to be 80 columns wide, whatever it is told.
     return _Console(file=stream, width=width, height=screen.height, highlight=False, emoji=False, markup=False)
+
+
+def print_whole(page: Console, table: Table) -> None:
+    """A table wider than the screen runs over its edge: a number that is cut is another number."""
+    wanted = page.measure(table, options=page.options.update(max_width=PIPED_WIDTH)).maximum
+    page.width = max(page.width, wanted)
+    page.print(table)
 
 
 def print_json(record: Any) -> None:

@@ -8,7 +8,7 @@ from rich.table import Table
 from memforge import __version__
 from memforge.cost import CONVENTIONS, EXCLUDED
 from memforge.parity import Parity
-from memforge.report.console import PIPED_WIDTH, console, plain
+from memforge.report.console import console, plain, print_whole
 
 _PREFIXES = tuple((10 ** (3 * (i + 1)), prefix) for i, prefix in reversed([*enumerate("kMGTPEZY")]))
 
@@ -201,10 +201,7 @@ def show_tables(tables: Iterable[Table], cost: dict[str, Any], parity: dict[str,
     for i, table in enumerate(tables):
         if i:
             page.print()
-        # A table wider than the screen runs over its edge: a number that is cut is another number.
-        wanted = page.measure(table, options=page.options.update(max_width=PIPED_WIDTH)).maximum
-        page.width = max(page.width, wanted)
-        page.print(table)
+        print_whole(page, table)
     for caveat in [*cost["caveats"], *(parity["caveats"] if parity else ())]:
         plain(f"\nnote: {caveat}")
 

@@ -4,13 +4,13 @@ from typing import Any
 
 from rich.table import Table
 
-from memforge.report.console import console
+from memforge.report.console import console, print_whole
 
 INSTRUCTIONS = ("load", "store", "fma", "mma", "other")
 
 
 def show_kernels(records: list[dict[str, Any]]) -> None:
-    console().print(kernel_table(records))
+    print_whole(console(), kernel_table(records))
 
 
 def kernel_table(records: list[dict[str, Any]]) -> Table:

@@ -5,13 +5,13 @@ from typing import Any
 
 from rich.table import Table
 
-from memforge.report.console import console, plain
+from memforge.report.console import console, plain, print_whole
 from memforge.report.cost import si
 
 
 def show_runs(summaries: Sequence[dict[str, Any]]) -> None:
     """The table of the runs, then what must be said about their models."""
-    console().print(run_table(summaries))
+    print_whole(console(), run_table(summaries))
     for summary in summaries:
         for caveat in summary.get("caveats", ()):
             plain(f"note: {summary['name']}: {caveat}")

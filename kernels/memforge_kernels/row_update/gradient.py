@@ -49,8 +49,10 @@ def sorted_gradient(reads: Sequence[Read]) -> RowGradient:
     weights = _joined([read.weights.reshape(-1).to(dtype) for read in reads])
     rows = _joined([read.rows.to(dtype) for read in reads]).contiguous()
     by_slot, order = slots.sort(stable=True)
-    touched, counts = torch.unique_consecutive(by_slot, return_counts=True)
-    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    # Not unique_consecutive, whose results keep the memory of one number for each entry.
+    changes = (by_slot[1:] != by_slot[:-1]).nonzero().squeeze(1) + 1
+    starts = torch.cat((changes.new_zeros(1), changes, changes.new_full((1,), len(by_slot))))
+    touched = by_slot[starts[:-1]]
     return RowGradient(touched, starts, _rows_of_entries(reads, slots.device)[order], weights[order], rows)
 
 

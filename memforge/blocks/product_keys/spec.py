@@ -168,10 +168,8 @@ class ProductKeyPlan(KindPlan):
     def read_scratch(self, n: int) -> Scratch:
         """Forward: the best of both halves, scores and slots, the scores of a few tokens, and those that were chosen.
 
-        Backward: the gradients of weights and scores, and both sub-keys of each slot while they are put together.
+        Backward: the gradients of weights and scores, and of the queries.
         """
-        h, s, k = self.num_heads, self.num_sub_keys, self.top_k
-        reads = n * h * k
-        return Scratch(
-            2 * reads * 12 + 4 * min(n * 2 * h * s, SCORES_AT_A_TIME) + reads * 4, reads * (4 + 4 + 8 + 8 + 16)
-        )
+        h, s, q, k = self.num_heads, self.num_sub_keys, self.key_dim, self.top_k
+        reads, scores = n * h * k, min(n * 2 * h * s, SCORES_AT_A_TIME)
+        return Scratch(2 * reads * 12 + scores * 4 + reads * 4, reads * (4 + 4) + n * h * q * 4)
