@@ -1,5 +1,7 @@
 """product_key_topk on a CPU: scores a few tokens at a time, while they are in cache, and picks the best of each row."""
 
+import threading
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,10 +9,14 @@ from torch import Tensor
 from memforge_kernels.product_key_topk.pairs import candidate_pairs
 from memforge_kernels.threads import compiled, inline, over_rows
 
-# Scores held at a time, 8 MiB: fewer are handed to the threads too often, more fall out of the caches.
-CHUNK_SCORES = 2**21
+# Scores held at a time, 16 MiB: fewer are handed to the threads too often, more fall out of the caches. Each thread
+# that calls keeps its own for the next call: the kernel takes as long to map fresh pages as the scores to compute.
+CHUNK_SCORES = 2**22
+_scratch = threading.local()
 # Up to here the rank of every candidate by counting beats sorting them.
 MAX_COUNTED = 128
+# Few groups are quickly compared with each other, small parts quickly searched.
+PARTS_PER_GROUP = 4
 LARGEST, LOW_32 = 0x7FFFFFFF, 0xFFFFFFFF
 
 
@@ -20,8 +26,8 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, T
     halves = query.reshape(n, 2 * h, q // 2).float().transpose(0, 1)
     keys = sub_keys.reshape(2 * h, s, q // 2).float().transpose(1, 2)
     best, idx = torch.empty(n, 2 * h, k), torch.empty(n, 2 * h, k, dtype=torch.int64)
-    tokens = max(1, CHUNK_SCORES // (2 * h * s))
-    scores = torch.empty(2 * h, min(tokens, n), s)
+    tokens = max(1, min(n, CHUNK_SCORES // (2 * h * s)))
+    scores = _held_scores(2 * h * tokens * s).view(2 * h, tokens, s)
     groups = _num_groups(s, k)
     for first in range(0, n, tokens):
         chunk = halves[:, first : first + tokens]
@@ -45,6 +51,13 @@ def gradients(grad: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor) -> t
     return d_query.view(query.shape), d_keys.view(sub_keys.shape)
 
 
+def _held_scores(count: int) -> Tensor:
+    held = getattr(_scratch, "scores", None)
+    if held is None or len(held) < count:
+        held = _scratch.scores = torch.empty(count)
+    return held[:count]
+
+
 def _smallest_pairs(k: int) -> np.ndarray:
     """Where, among the candidate pairs, are the k whose sums are likely the largest: those of the smallest products."""
     i, j = (np.array(ranks) for ranks in candidate_pairs(k))
@@ -57,7 +70,7 @@ def _num_groups(s: int, k: int) -> int:
     0 where a row is too short for that to leave out much.
     """
     groups = max(64, 2 * k)
-    return groups if s >= 4 * groups else 0
+    return groups if s >= PARTS_PER_GROUP * groups else 0
 
 
 @inline
@@ -81,14 +94,13 @@ def _is_finite(row):
 
 
 @compiled
-def _bound(row, groups, k, tops):
-    """A score that at least k of the row reach: the k-th largest of the groups' maxima, also written to `tops`."""
-    for j in range(groups):
-        tops[j] = row[j]
-    for i in range(1, row.shape[0] // groups):
-        part = row[i * groups : (i + 1) * groups]
-        for j in range(groups):
-            tops[j] = part[j] if part[j] > tops[j] else tops[j]
+def _bound(row, groups, k, maxima, tops):
+    """A score that at least k of the row reach: the k-th largest of the groups' maxima, written to `tops` [groups].
+
+    A group has several parts, whose maxima are written to `maxima` [parts].
+    """
+    _write_maxima(row, maxima)
+    _write_maxima(maxima, tops)
     bound = np.float32(np.inf)
     for j in range(groups):
         above = np.float32(0)  # a float fills a vector of floats
@@ -100,14 +112,29 @@ def _bound(row, groups, k, tops):
 
 
 @compiled
-def _reaching(row, bound, groups, tops, columns):
+def _write_maxima(row, maxima):
+    """The largest of the columns j, j + len(maxima), j + 2 * len(maxima), .. of a row, whole rounds only."""
+    dealt = maxima.shape[0]
+    for j in range(dealt):
+        maxima[j] = row[j]
+    for i in range(1, row.shape[0] // dealt):
+        part = row[i * dealt : (i + 1) * dealt]
+        for j in range(dealt):
+            maxima[j] = part[j] if part[j] > maxima[j] else maxima[j]
+
+
+@compiled
+def _reaching(row, bound, maxima, parts, columns):
     """How many scores reach the bound; their columns are written. Without branches, which nobody could predict."""
-    dealt, count = row.shape[0] - row.shape[0] % groups, 0
-    for j in range(groups):
-        if tops[j] >= bound:
-            for c in range(j, dealt, groups):
-                columns[count] = c
-                count += 1 if row[c] >= bound else 0
+    num_parts, reached, count = maxima.shape[0], 0, 0
+    for j in range(num_parts):
+        parts[reached] = j
+        reached += 1 if maxima[j] >= bound else 0
+    dealt = row.shape[0] - row.shape[0] % num_parts
+    for p in range(reached):
+        for c in range(parts[p], dealt, num_parts):
+            columns[count] = c
+            count += 1 if row[c] >= bound else 0
     for c in range(dealt, row.shape[0]):
         columns[count] = c
         count += 1 if row[c] >= bound else 0
@@ -138,12 +165,14 @@ def _best_of_rows(start, stop, scores, bits, groups, first_token, best, idx):
     """Rows of scores [2h * tokens, s], the tokens of each half of a head together -> best, idx [n, 2h, k]."""
     s, k = scores.shape[1], best.shape[2]
     tokens = scores.shape[0] // best.shape[1]
-    keys, columns, tops = np.empty(s, np.int64), np.empty(s + 1, np.int64), np.empty(max(groups, 1), np.float32)
+    keys, columns = np.empty(s, np.int64), np.empty(s + 1, np.int64)
+    tops, maxima = np.empty(groups, np.float32), np.empty(PARTS_PER_GROUP * groups, np.float32)
+    parts = np.empty(maxima.shape[0] + 1, np.int64)
     for r in range(start, stop):
         row, of_row = scores[r], bits[r]
         count = s
         if groups > 0 and _is_finite(row):
-            count = _reaching(row, _bound(row, groups, k, tops), groups, tops, columns)
+            count = _reaching(row, _bound(row, groups, k, maxima, tops), maxima, parts, columns)
         for a in range(count):
             columns[a] = columns[a] if count < s else a
             keys[a] = _key(of_row[columns[a]], row[columns[a]], columns[a])

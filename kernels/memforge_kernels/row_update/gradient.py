@@ -48,12 +48,25 @@ def sorted_gradient(reads: Sequence[Read]) -> RowGradient:
     slots = _joined([read.slots.reshape(-1) for read in reads])
     weights = _joined([read.weights.reshape(-1).to(dtype) for read in reads])
     rows = _joined([read.rows.to(dtype) for read in reads]).contiguous()
-    by_slot, order = slots.sort(stable=True)
+    by_slot, order = _stable_sort(slots)
     # Not unique_consecutive, whose results keep the memory of one number for each entry.
     changes = (by_slot[1:] != by_slot[:-1]).nonzero().squeeze(1) + 1
     starts = torch.cat((changes.new_zeros(1), changes, changes.new_full((1,), len(by_slot))))
     touched = by_slot[starts[:-1]]
     return RowGradient(touched, starts, _rows_of_entries(reads, slots.device)[order], weights[order], rows)
+
+
+def _stable_sort(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots ascending, and which entry each comes from: equal slots keep the order of their entries.
+
+    On a CPU slot and entry are sorted as one number: no two are equal, so any sort is stable, and numpy's is fast.
+    """
+    bits = len(slots).bit_length()
+    if slots.is_cuda or not len(slots) or int(slots.max()) >> (63 - bits):
+        return slots.sort(stable=True)
+    both = (slots << bits) | torch.arange(len(slots))
+    both.numpy().sort()
+    return both >> bits, both & ((1 << bits) - 1)
 
 
 def _rows_of_entries(reads: Sequence[Read], device: torch.device) -> Tensor:
