@@ -9,7 +9,7 @@ from conftest import SMALL, write
 from memforge.plan import make_plan
 from memforge.spec import load_spec
 from memforge.training import train
-from memforge_kernels import weighted_gather
+from memforge_kernels import grouped_linear, weighted_gather
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,6 +28,20 @@ def test_the_triton_forward_agrees_with_float64(n: int, k: int, m: int, v: int, 
     out = weighted_gather(values.cuda(), slots.cuda(), weights.cuda()).cpu().double()
     bound = 2 * k * 2.0**-24 * terms.abs().sum(1) + 2.0**-24 * terms.sum(1).abs()
     assert ((out - terms.sum(1)).abs() <= bound).all()
+
+
+def test_the_grouped_gemm_agrees_with_a_loop_over_groups() -> None:
+    generator, offsets = torch.Generator().manual_seed(0), torch.tensor([100, 100, 356, 512])
+    x = torch.randn(512, 64, generator=generator).bfloat16()
+    weights = torch.randn(4, 64, 128, generator=generator).bfloat16()
+    on_gpu = [t.cuda().requires_grad_() for t in (x, weights)]
+    on_cpu = [t.clone().requires_grad_() for t in (x, weights)]
+    for tensors, ends in ((on_gpu, offsets.cuda()), (on_cpu, offsets)):
+        grouped_linear(*tensors, ends).float().square().sum().backward()
+    for got, expected in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(
+            got.grad.cpu(), expected.grad, rtol=2e-2, atol=2e-2 * float(expected.grad.abs().max())
+        )
 
 
 def test_a_small_run_learns_on_the_gpu(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +24,7 @@ from memforge_kernels import (
 from memforge_kernels.expert_lookup import reference as lookup_reference
 from memforge_kernels.expert_lookup.op import Activation
 from memforge_kernels.gather_dot import reference as dot_reference
+from memforge_kernels.grouped_linear import op as grouped_linear_op
 from memforge_kernels.grouped_linear import reference as grouped_reference
 from memforge_kernels.product_key_topk import reference as topk_reference
 from memforge_kernels.product_key_topk.op import candidate_pairs
@@ -151,12 +153,6 @@ def test_gather_dot_and_its_gradients_stay_within_rounding(
         assert ((got.double() - ref).abs() <= 2 * num_terms * U32 * size + unit * ref.abs()).all()
 
 
-@pytest.mark.parametrize("slot", [-1, 4])
-def test_gather_dot_refuses_slots_outside_the_pool(slot: int) -> None:
-    with pytest.raises(IndexError):
-        gather_dot(torch.ones(1, 2), torch.zeros(4, 2), torch.tensor([[slot]]))
-
-
 @pytest.mark.parametrize("shapes", [((2, 3), (4, 2), (2, 1)), ((2, 3), (4, 3), (1, 1)), ((3,), (4, 3), (1, 1))])
 def test_gather_dot_names_the_shapes_that_do_not_fit(shapes: tuple[tuple[int, ...], ...]) -> None:
     x, values, slots = shapes
@@ -256,8 +252,15 @@ def test_rounded_sums_that_tie_go_to_the_lowest_candidate() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("slot", [-1, 4])
 def test_slots_outside_the_pool_are_refused(dtype: torch.dtype, slot: int) -> None:
-    with pytest.raises((IndexError, RuntimeError)):
-        weighted_gather(torch.zeros(4, 2, dtype=dtype), torch.tensor([[slot]]), torch.ones(1, 1))
+    table, slots, one = torch.zeros(4, 2, dtype=dtype), torch.tensor([[2, slot]]), torch.ones(1, 2)
+    message = f"slots {min(2, slot)} to {max(2, slot)}: the table has 4 rows"
+    for read in (
+        lambda: weighted_gather(table, slots, one),
+        lambda: gather_dot(one.to(dtype), table, slots),
+        lambda: weighted_scatter(one.to(dtype), slots, one, 4),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -323,6 +326,28 @@ def test_grouped_linear_agrees_with_its_reference(sizes: tuple[int, ...]) -> Non
 def test_grouped_linear_refuses_offsets_that_do_not_cover_the_rows(offsets: list[int]) -> None:
     with pytest.raises(ValueError, match="offsets"):
         grouped_linear(torch.zeros(4, 2), torch.zeros(2, 2, 2), torch.tensor(offsets))
+
+
+def test_torchs_grouped_gemm_means_what_grouped_linear_does() -> None:
+    """A GPU's 16-bit matrices go to it; here it runs on a CPU, given what the op would give it."""
+    x, weights = torch.randn(9, 16).bfloat16(), torch.randn(4, 16, 24).bfloat16()
+    grad, offsets = torch.randn(9, 24).bfloat16(), torch.tensor([3, 3, 8, 9])
+    assert grouped_linear_op.fit_grouped_gemm(x, weights, grad, weights.transpose(1, 2), x.T)
+    for a, b, expected in (
+        (x, weights, grouped_linear(x, weights, offsets)),
+        (grad, weights.transpose(1, 2), grouped_linear(grad, weights.transpose(1, 2), offsets)),
+        (x.T, grad, grouped_linear_op.weight_grad(x, grad, offsets)),
+    ):
+        torch.testing.assert_close(F.grouped_mm(a, b, offs=offsets.int()), expected)
+
+
+def test_what_torchs_grouped_gemm_refuses_does_not_go_to_it() -> None:
+    wide = torch.zeros(9, 32, dtype=torch.bfloat16)
+    for matrix in (wide[:, :20].contiguous(), wide[:, ::2]):
+        assert not grouped_linear_op.fit_grouped_gemm(matrix)
+        with pytest.raises(RuntimeError):
+            F.grouped_mm(matrix, wide.new_zeros(2, matrix.shape[1], 8), offs=torch.tensor([2, 9]).int())
+    assert not grouped_linear_op.fit_grouped_gemm(wide.float())
 
 
 def op_arguments() -> dict[str, tuple[object, tuple[object, ...]]]:

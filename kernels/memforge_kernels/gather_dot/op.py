@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memforge_kernels.checks import require_slots
 from memforge_kernels.chunks import rows_at_a_time
 
 
@@ -12,8 +13,8 @@ def gather_dot(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
 
     Shape: x [n, v], values [m, v], slots [n, k] int64 -> [n, k] in the dtype of x.
     Cost: 2*n*k*v FLOPs, n*k rows read; the backward costs twice that and writes a dense [m, v] gradient.
-    Raises: ValueError for shapes or dtypes that do not fit. A slot outside 0..m-1 raises IndexError or RuntimeError on
-    a CPU; on a GPU slots are trusted.
+    Raises: ValueError for shapes or dtypes that do not fit and for a slot outside 0..m-1; on a GPU slots are looked at
+    in checked mode only (MEMFORGE_CHECKED=1).
     """
     if x.dim() != 2 or values.dim() != 2 or slots.dim() != 2:
         raise ValueError(_misfit(x, values, slots))
@@ -31,14 +32,13 @@ def _misfit(x: Tensor, values: Tensor, slots: Tensor) -> str:
 
 def forward(x: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     n, k = slots.shape
+    require_slots(slots, values.shape[0])
     if values.is_cuda and x.dtype != torch.float64:
         # Triton is needed where it runs, and only there.
         from memforge_kernels.gather_dot import kernel
 
         return kernel.gather_dot(x, values, slots)
     if values.dtype == x.dtype and x.dtype in (torch.float32, torch.float64) and values.device.type == "cpu" and n * k:
-        if not 0 <= int(slots.min()) <= int(slots.max()) < values.shape[0]:
-            raise IndexError(f"a slot is outside 0 to {values.shape[0] - 1}")  # the kernel would read it
         from memforge_kernels.gather_dot import cpu
 
         return cpu.gather_dot(x, values, slots)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from memforge_kernels.checks import require_slots
 from memforge_kernels.row_update.gradient import RowGradient
 
 
@@ -41,7 +42,8 @@ def adamw_(
     `scale` multiplies the gradient. Values in 16 bits are rounded from `master`, an fp32 table that is updated in their
     place, or, without one, stochastically (bf16 only) with `seed`.
     Cost: 2*r*v FLOPs for the sums; 3 rows of v elements read and written for each touched row.
-    Raises: ValueError for shapes or dtypes that do not fit.
+    Raises: ValueError for shapes or dtypes that do not fit and for slots outside 0..m-1, before anything is written; on
+    a GPU slots are looked at in checked mode only (MEMFORGE_CHECKED=1).
     """
     _require(values, master, grad)
     if exp_avg.shape != values.shape or exp_avg_sq.shape != values.shape:
@@ -65,7 +67,8 @@ def sgd_(
 ) -> None:
     """Touched rows become (1 - lr * weight_decay) * row - lr * scale * gradient, in place; 16 bits as in `adamw_`.
 
-    Raises: ValueError for shapes or dtypes that do not fit.
+    Raises: ValueError for shapes or dtypes that do not fit and for slots outside 0..m-1, before anything is written; on
+    a GPU slots are looked at in checked mode only (MEMFORGE_CHECKED=1).
     """
     _require(values, master, grad)
     torch.ops.memforge.row_sgd_(values, master, *_parts(grad), lr, weight_decay, scale, seed)
@@ -82,8 +85,7 @@ def _require(values: Tensor, master: Tensor | None, grad: RowGradient) -> None:
         raise ValueError("fp16 values need an fp32 master: only bf16 is rounded stochastically")
     if master is not None and (master.shape != values.shape or master.dtype != torch.float32):
         raise ValueError(f"the master must be fp32 {list(values.shape)}, got {master.dtype} {list(master.shape)}")
-    if len(grad.touched) and not 0 <= int(grad.touched[0]) <= int(grad.touched[-1]) < values.shape[0]:
-        raise ValueError(f"slots {int(grad.touched[0])} to {int(grad.touched[-1])}: the table has {values.shape[0]}")
+    require_slots(grad.touched, values.shape[0])
 
 
 def sum_kernel(rows: Tensor, row_idx: Tensor, weights: Tensor, starts: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memforge_kernels.checks import require_slots
 from memforge_kernels.chunks import rows_at_a_time
 
 
@@ -13,8 +14,8 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     Shape: values [m, v], slots [n, k] int64, weights [n, k] -> [n, v] in the dtype of weights.
     Cost: 2*n*k*v FLOPs, n*k rows read; the backward costs twice that and writes a dense [m, v] gradient, summed
     in the order of the tokens, without atomics.
-    Raises: ValueError for shapes or dtypes that do not fit. A slot outside 0..m-1 raises IndexError or RuntimeError on
-    a CPU; on a GPU slots are trusted.
+    Raises: ValueError for shapes or dtypes that do not fit and for a slot outside 0..m-1; on a GPU slots are looked at
+    in checked mode only (MEMFORGE_CHECKED=1).
     """
     if values.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape:
         raise ValueError(
@@ -27,6 +28,7 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    require_slots(slots, values.shape[0])
     if values.is_cuda and weights.dtype != torch.float64:
         # Triton is needed where it runs, and only there.
         from memforge_kernels.weighted_gather import kernel

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from memforge_kernels.checks import require_slots
 from memforge_kernels.row_update.gradient import Read, sorted_gradient
 from memforge_kernels.row_update.op import segment_sum
 
@@ -13,7 +14,8 @@ def weighted_scatter(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) 
     Shape: x [n, v], slots [n, k] int64 in 0..num_slots-1, weights [n, k] -> [num_slots, v] in the dtype of x.
     Cost: 2*n*k*v FLOPs; writes every row. It has no gradient of its own.
     Each sum has one order, that of the tokens, so the result is the same bit for bit from run to run, without atomics.
-    Raises: ValueError for shapes or dtypes that do not fit. Slots are trusted: they are those of a gather.
+    Raises: ValueError for shapes or dtypes that do not fit and for a slot outside 0..num_slots-1; on a GPU slots are
+    looked at in checked mode only (MEMFORGE_CHECKED=1).
     """
     if x.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape or slots.shape[0] != x.shape[0]:
         raise ValueError(
@@ -29,6 +31,7 @@ def forward(x: Tensor, slots: Tensor, weights: Tensor, num_slots: int) -> Tensor
     n, k = slots.shape
     if n * k == 0:
         return x.new_zeros(num_slots, x.shape[1])
+    require_slots(slots, num_slots)
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
         from memforge_kernels.weighted_scatter import cpu
 
