@@ -30,12 +30,29 @@ class Axis:
         # As it is written: the float nearest to 0.05 is not a twentieth, and large counts are not floats.
         return abs(Fraction(self.value) - self.baseline) <= Fraction(str(self.tolerance)) * self.baseline
 
+    def __str__(self) -> str:
+        """How far it is off."""
+        return (
+            f"{self.name} {as_number(self.value):,} is {self.ratio:.5f} times {as_number(self.baseline):,}, outside "
+            f"1 +- {self.tolerance:g}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "value": as_number(self.value),
+            "baseline": as_number(self.baseline),
+            "ratio": self.ratio,
+            "tolerance": self.tolerance,
+            "ok": self.ok,
+        }
+
 
 @dataclass(frozen=True)
 class Parity:
     """The verdict of one comparison: every axis with a tolerance lies within it.
 
-    `caveats` are those of the baseline; every report repeats them beside the model's own.
+    `caveats` are those of the baseline; every report repeats them beside the model's own. `fix` is the command that
+    finds sizes at which the two match.
     """
 
     name: str
@@ -43,35 +60,23 @@ class Parity:
     seq_len: int
     axes: tuple[Axis, ...]
     caveats: tuple[str, ...] = ()
+    fix: str | None = None
 
     @property
     def ok(self) -> bool:
         return all(axis.ok is not False for axis in self.axes)
 
     def failures(self) -> list[str]:
-        return [
-            f"{self.name} against {self.baseline}: {a.name} {as_number(a.value):,} is {a.ratio:.4f} times "
-            f"{as_number(a.baseline):,}, outside 1 +- {a.tolerance:g}"
-            for a in self.axes
-            if a.ok is False
-        ]
+        return [f"{self.name} against {self.baseline}: {axis}" for axis in self.axes if axis.ok is False]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "against": self.baseline,
             "seq_len": self.seq_len,
             "ok": self.ok,
-            "axes": {
-                a.name: {
-                    "value": as_number(a.value),
-                    "baseline": as_number(a.baseline),
-                    "ratio": a.ratio,
-                    "tolerance": a.tolerance,
-                    "ok": a.ok,
-                }
-                for a in self.axes
-            },
+            "axes": {axis.name: axis.as_dict() for axis in self.axes},
             "caveats": list(self.caveats),
+            "fix": self.fix,
         }
 
 
@@ -121,6 +126,7 @@ def claimed(plan: Plan, seq_len: int | None = None) -> Parity | None:
 
 
 def require(parity: Parity | None) -> None:
-    """Raises CheckFailedError naming each failed axis, both numbers, the ratio and the tolerance."""
+    """Raises CheckFailedError naming each failed axis, both numbers, the ratio, the tolerance and what would help."""
     if parity is not None and not parity.ok:
-        raise CheckFailedError("parity fails: " + "; ".join(parity.failures()))
+        fix = f"; to match them: {parity.fix}" if parity.fix else ""
+        raise CheckFailedError(f"parity fails: {'; '.join(parity.failures())}{fix}")

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memforge.cli.match import with_fix
 from memforge.cli.options import Json, MeshOption, NoParity, Set, SpecPath, SpecRoot, load
 from memforge.errors import UsageError, printable
 from memforge.report.console import console, plain, print_json
@@ -47,9 +48,10 @@ def build(
     if plan_only and (emit is not None or out is not None or gpus is not None):
         raise UsageError("--plan-only writes nothing: --out, --emit and --target have no meaning with it")
     ranks = None if mesh is None else parse_mesh(mesh)
-    plan = make_plan(load(spec, set_, spec_root))
+    loaded = load(spec, set_, spec_root)
+    plan = make_plan(loaded)
     cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=ranks, dense_values=plan.run.dense_values).as_dict()
-    parity = claimed(plan)
+    parity = claimed(plan) if no_parity else with_fix(claimed(plan), loaded, spec)
     if not no_parity:
         require(parity)
     if plan_only:

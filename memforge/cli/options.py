@@ -61,6 +61,33 @@ def end_with(parity: Any, *, as_json: bool) -> None:
     require(parity)
 
 
+def tolerances(given: list[str] | None) -> dict[str, float]:
+    """AXIS=X options by axis. Raises UsageError for an unknown axis, one given twice, or a number out of range."""
+    found: dict[str, float] = {}
+    for item in given or ():
+        axis, number = _tolerance_of_axis(item)
+        if axis in found:
+            raise UsageError(f"--tolerance {printable(item)}: {axis} has a tolerance already")
+        found[axis] = number
+    return found
+
+
+def _tolerance_of_axis(item: str) -> tuple[str, float]:
+    from memforge.cost import AXES
+    from memforge.spec.schema import MAX_TOLERANCE
+
+    axis, equals, text = (part.strip() for part in item.partition("="))
+    if not equals or axis not in AXES:
+        raise UsageError(f"--tolerance {printable(item)}: expected AXIS=X with AXIS in {', '.join(AXES)}")
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number <= MAX_TOLERANCE:  # false for nan
+        raise UsageError(f"--tolerance {printable(item)}: X must be a number from 0 to {MAX_TOLERANCE}")
+    return axis, number
+
+
 def torch_device(name: str | None) -> str:
     """A device that exists. Raises UsageError with the ones that are known."""
     import torch

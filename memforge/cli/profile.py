@@ -5,7 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.options import Json, MeshOption, NoParity, Set, SpecPath, SpecRoot, end_with, load
+from memforge.cli.match import with_fix
+from memforge.cli.options import (
+    Json,
+    MeshOption,
+    NoParity,
+    Set,
+    SpecPath,
+    SpecRoot,
+    end_with,
+    load,
+    tolerances,
+)
 from memforge.errors import UsageError, printable
 from memforge.report.console import console, print_json
 
@@ -50,7 +61,8 @@ def profile(
         raise UsageError("--tolerance needs --against; a spec's own claim has its tolerance in [parity]")
     if no_parity and against is not None:
         raise UsageError("--no-parity is about the spec's own claim; --against compares with another spec instead")
-    plan = make_plan(load(spec, set_, spec_root))
+    loaded = load(spec, set_, spec_root)
+    plan = make_plan(loaded)
     other = None if against is None else make_plan(load_baseline(against, spec_root=spec_root))
     length = report_seq_len(plan, seq_len, None if other is None else other.model)
     run = plan.run.train
@@ -63,6 +75,8 @@ def profile(
         dense_values=plan.run.dense_values,
     )
     parity = claimed(plan, length) if other is None else _compared(plan, other, tolerance, length)
+    if not no_parity:
+        parity = with_fix(parity, loaded, spec, against)
     measured = _measured(plan, report) if measure else None
     cost = report.as_dict()
     if json_:
@@ -112,39 +126,11 @@ def _measured(plan: Any, report: Any) -> dict[str, Any]:
 def _compared(plan: Any, other: Any, tolerance: list[str] | None, seq_len: int) -> Any:
     """The verdict on --against, with the tolerance of the command line, of the spec's own claim, or the default."""
     from memforge.parity import compare
-    from memforge.spec.schema import DEFAULT_TOLERANCE
+    from memforge.spec.schema import DEFAULT_TOLERANCE, ToleranceSpec
 
     allowed = plan.parity.tolerance if plan.parity is not None else DEFAULT_TOLERANCE
-    allowed = _tolerance(tolerance) if tolerance else allowed
+    allowed = ToleranceSpec.model_validate(tolerances(tolerance)) if tolerance else allowed
     return compare(plan.name, plan.model, other.name, other.model, allowed, seq_len)
-
-
-def _tolerance(given: list[str]) -> Any:
-    from memforge.spec.schema import ToleranceSpec
-
-    found: dict[str, float] = {}
-    for item in given:
-        axis, number = _tolerance_of_axis(item)
-        if axis in found:
-            raise UsageError(f"--tolerance {printable(item)}: {axis} has a tolerance already")
-        found[axis] = number
-    return ToleranceSpec.model_validate(found)
-
-
-def _tolerance_of_axis(item: str) -> tuple[str, float]:
-    from memforge.cost import AXES
-    from memforge.spec.schema import MAX_TOLERANCE
-
-    axis, equals, text = (part.strip() for part in item.partition("="))
-    if not equals or axis not in AXES:
-        raise UsageError(f"--tolerance {printable(item)}: expected AXIS=X with AXIS in {', '.join(AXES)}")
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number <= MAX_TOLERANCE:  # false for nan
-        raise UsageError(f"--tolerance {printable(item)}: X must be a number from 0 to {MAX_TOLERANCE}")
-    return axis, number
 
 
 def _print_profile(

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memforge.cli.match import with_fix
 from memforge.cli.options import DataRoot, Device, Json, NoParity, Set, SpecPath, SpecRoot, load, torch_device
 from memforge.errors import UsageError, is_text, printable
 from memforge.report.console import console, plain, print_json
@@ -31,9 +32,10 @@ def train(
 
     if overwrite and out is None:
         raise UsageError("--overwrite needs --out: without it a run takes the next free directory")
-    plan, root = _plan_of(spec, set_, spec_root, data_root)
+    plan, loaded, root = _plan_of(spec, set_, spec_root, data_root)
     if not no_parity:
-        require(claimed(plan))
+        parity = claimed(plan)
+        require(parity if loaded is None else with_fix(parity, loaded, spec))
     target = out or _free_directory(Path("runs") / plan.name)
     screen = console(stderr=True)
     with screen.status("starting torch"):
@@ -110,17 +112,17 @@ def generate(
 
 
 def _plan_of(path: Path, overrides: list[str] | None, spec_root: Path | None, data_root: Path | None) -> Any:
-    """The plan of a spec file or a build directory, and where its data path starts."""
+    """The plan of a spec file or a build directory, the spec if it is one, and where its data path starts."""
     from memforge.plan import make_plan, read_plan
 
     if not path.is_dir():
         spec = load(path, overrides, spec_root, data_root=data_root, require_data=True)
-        return make_plan(spec), data_root or spec_root or path.parent
+        return make_plan(spec), spec, data_root or spec_root or path.parent
     if not (path / "plan.json").is_file():
         raise UsageError(f"{path}: a directory without plan.json is not a build directory")
     if overrides:
         raise UsageError("--set changes a spec; a build directory is trained as it was built")
-    return read_plan(path / "plan.json"), data_root or Path()
+    return read_plan(path / "plan.json"), None, data_root or Path()
 
 
 def _free_directory(path: Path) -> Path:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memforge.cli.match import with_fix
 from memforge.cli.options import DataRoot, Json, Set, SpecPath, SpecRoot, end_with, load
 from memforge.errors import StorageError, UsageError, printable
 from memforge.report.console import plain, print_json
@@ -42,8 +43,10 @@ def check(
     from memforge.parity import claimed, report_seq_len
     from memforge.plan import make_plan
 
-    plan = make_plan(load(spec, set_, spec_root, data_root=data_root, require_data=True))
-    axes, parity = estimate(plan.model, seq_len=report_seq_len(plan)).axes(), claimed(plan)
+    loaded = load(spec, set_, spec_root, data_root=data_root, require_data=True)
+    plan = make_plan(loaded)
+    axes = estimate(plan.model, seq_len=report_seq_len(plan)).axes()
+    parity = with_fix(claimed(plan), loaded, spec)
     caveats = [*plan.model.caveats(), *(parity.caveats if parity else ())]
     if json_:
         print_json(_check_record(plan, axes, parity))
@@ -63,7 +66,9 @@ def _check_record(plan: Any, axes: dict[str, Any], parity: Any) -> dict[str, Any
         "ok": not failures,
         "name": plan.name,
         "model_hash": plan.model.model_hash,
-        "errors": [error_record({"message": f"parity fails: {why}", "key": "parity"}) for why in failures],
+        "errors": [
+            error_record({"message": f"parity fails: {why}", "key": "parity", "help": parity.fix}) for why in failures
+        ],
         **axes,
         "parity": parity.as_dict() if parity else None,
         "caveats": list(plan.model.caveats()),

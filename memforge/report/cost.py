@@ -22,7 +22,8 @@ def si(value: int | float, unit: str = "") -> str:
     return f"{value / scale:.4g}{gap}{prefix}{unit}"
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def titled_table(title: str, columns: Iterable[str]) -> Table:
+    """The look of every table: numbers to the right, no lines."""
     table = Table(
         title=title,
         title_justify="left",
@@ -40,7 +41,7 @@ def _table(title: str, columns: Iterable[str]) -> Table:
 def kind_table(cost: dict[str, Any]) -> Table:
     """Parameters and FLOPs by kind."""
     params, flops = cost["params"], cost["flops_per_token"]
-    table = _table("By kind", ("kind", "params", "active", "FLOPs/token", "share"))
+    table = titled_table("By kind", ("kind", "params", "active", "FLOPs/token", "share"))
     for kind in dict.fromkeys([*params["by_kind"], *flops["by_kind"]]):  # a tied head has FLOPs and no parameters
         spent = flops["by_kind"].get(kind, 0)
         total, active = params["by_kind"].get(kind, 0), params["active_by_kind"].get(kind, 0)
@@ -52,7 +53,7 @@ def kind_table(cost: dict[str, Any]) -> Table:
 
 def layer_table(cost: dict[str, Any]) -> Table:
     """One row for each run of alike layers. A shared pool is in no layer."""
-    table = _table("By layer", ("layers", "blocks", "params", "active", "forward/token", "backward/token"))
+    table = titled_table("By layer", ("layers", "blocks", "params", "active", "forward/token", "backward/token"))
     table.columns[1].justify = "left"
     groups: dict[tuple[Any, ...], list[int]] = {}
     for layer in cost["layers"]:
@@ -93,7 +94,7 @@ def ranges(indices: list[int]) -> str:
 def parity_table(parity: dict[str, Any]) -> Table:
     """Every axis beside the baseline's; axes without a tolerance are shown, not judged."""
     verdict = "holds" if parity["ok"] else "FAILS"
-    table = _table(
+    table = titled_table(
         f"Parity with {parity['against']} at seq_len {parity['seq_len']}: {verdict}",
         ("axis", "this", "baseline", "ratio", "tolerance", ""),
     )
@@ -111,7 +112,7 @@ def memory_table(cost: dict[str, Any], measured: dict[str, Any] | None = None) -
     memory = cost["memory"]
     shape = f"{cost['batch']} x {cost['seq_len']} tokens"
     columns = ("", "keeping all", "checkpointing layers", *(("measured (/ predicted)",) if measured else ()))
-    table = _table(f"Memory of a training step on {shape}", columns)
+    table = titled_table(f"Memory of a training step on {shape}", columns)
 
     def predicted(key: str) -> int:
         replayed = measured is not None and measured["activation_checkpointing"]
@@ -144,7 +145,9 @@ def _beside(measured: int, predicted: int) -> str:
 def traffic_table(cost: dict[str, Any]) -> Table:
     """Bytes of parameters that a token and a batch touch, and the rows of each pool."""
     one, batch = cost["bytes_per_token"], cost["bytes_per_batch"]
-    table = _table("Parameters touched", ("", "per token", "per batch, uniform", "per batch, Zipf", "dense update"))
+    table = titled_table(
+        "Parameters touched", ("", "per token", "per batch, uniform", "per batch, Zipf", "dense update")
+    )
     for what, dense in (("read", ""), ("written", si(batch["dense_update"]["written"], "B"))):
         cells = (one[what], batch["uniform"][what], batch["zipf"][what])
         table.add_row(f"bytes {what}", *(si(cell, "B") for cell in cells), dense)
@@ -159,7 +162,7 @@ def traffic_table(cost: dict[str, Any]) -> Table:
 def roofline_table(cost: dict[str, Any]) -> Table:
     """The least milliseconds of a step on each device."""
     columns = ("device", "forward", "backward", "update", "total", "dense update", "memory-bound", "one holds it")
-    table = _table("Roofline, least milliseconds per step", columns)
+    table = titled_table("Roofline, least milliseconds per step", columns)
     for line in cost["roofline"]:
         seconds = line["seconds"]
         phases = ("forward", "backward", "update", "total", "update_dense")
@@ -180,7 +183,7 @@ def _milliseconds(seconds: float) -> str:
 def mesh_table(mesh: dict[str, Any]) -> Table:
     """What the fullest rank of a mesh holds."""
     axes = ", ".join(f"{axis}={size}" for axis, size in mesh["axes"].items() if size > 1) or "one rank"
-    table = _table(f"The fullest of {mesh['ranks']:,} ranks ({axes})", ("", "parameters", "bytes"))
+    table = titled_table(f"The fullest of {mesh['ranks']:,} ranks ({axes})", ("", "parameters", "bytes"))
     table.add_row("dense", f"{mesh['dense_params_per_rank']:,}", "")
     table.add_row("pools", f"{mesh['pool_params_per_rank']:,}", "")
     table.add_row("weights", f"{mesh['params_per_rank']:,}", si(mesh["weight_bytes_per_rank"], "B"))

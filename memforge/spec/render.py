@@ -1,7 +1,7 @@
 """A spec as TOML again: resolved, with the origin of each key that stands elsewhere."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tomlkit
@@ -29,6 +29,24 @@ def render_toml(spec: Spec, *, defaults: bool = False) -> str:
         values["parity"]["against"] = _beside(document, spec.parity.against)
 
     return to_toml(values, origin)
+
+
+def derived_toml(spec: Spec, keys: Iterable[KeyPath], extends: str, claim: dict[str, Any], name: str) -> str:
+    """A spec named `name` that extends the file `spec` came from: the tables that hold `keys`, and a [parity] claim.
+
+    Tables are written whole: one that was written inline would be replaced, not merged.
+    """
+    values = spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    out: dict[str, Any] = {"extends": extends, "model": {"name": name}}
+    for path in keys:
+        top = str(path[0])
+        if top == "model":
+            out["model"] = values["model"] | {"name": name}
+        elif top == "pool":
+            out.setdefault("pool", {})[path[1]] = values["pool"][path[1]]
+        else:
+            out[top] = values[top]
+    return to_toml({**out, "parity": claim}, lambda _: None)
 
 
 def _beside(document: Document, against: str) -> str:

@@ -161,12 +161,18 @@ class Spec(SpecModel):
     eval: EvalSpec = EvalSpec()
 
     _baseline: "Spec | None" = None
+    _baseline_path: str | None = None
     _document: Any = None
 
     @property
     def baseline(self) -> "Spec | None":
         """The spec that [parity] names, loaded with this one."""
         return self._baseline
+
+    @property
+    def baseline_path(self) -> str | None:
+        """Where that spec is, as seen from where this one was named."""
+        return self._baseline_path
 
 
 def parts_at(

@@ -1,7 +1,7 @@
 """load_spec: everything that is wrong with a spec, at once, or a valid `Spec`."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,10 +43,11 @@ def load_spec(
     if require_data and spec is not None:
         problems += _check_data(spec, Path(data_root or root))
     diagnostics = [_locate(problem, document) for problem in problems]
-    baseline = None
+    baseline, shown = None, None
     if isinstance(against := _get(document.values, ("parity", "against")), str) and against:
         try:
-            baseline = _baseline_at(*resolve_inside(document, ("parity", "against"), root), root)
+            target, shown = resolve_inside(document, ("parity", "against"), root)
+            baseline = _baseline_at(target, shown, root)
         except SpecError as error:
             diagnostics += error.diagnostics
     if spec is not None and baseline is not None and not diagnostics:
@@ -54,7 +55,7 @@ def load_spec(
     if diagnostics:
         raise SpecError(diagnostics)
     assert spec is not None
-    spec._baseline, spec._document = baseline, document
+    spec._baseline, spec._baseline_path, spec._document = baseline, shown, document
     return spec
 
 
@@ -65,6 +66,23 @@ def load_baseline(path: str | Path, *, spec_root: str | Path | None = None) -> S
     """
     path = Path(path)
     return _baseline_at(path, str(path), Path(spec_root) if spec_root is not None else path.parent)
+
+
+def with_values(spec: Spec, changes: Mapping[KeyPath, Any]) -> Spec:
+    """A loaded spec with the values at some keys changed. Raises SpecError when the result is not valid."""
+    document: Document = spec._document
+    values = copy.deepcopy(document.values)
+    for path, value in changes.items():
+        table: Any = values
+        for part in path[:-1]:
+            table = table.setdefault(part, {}) if isinstance(table, dict) else table[part]
+        table[path[-1]] = value
+    changed, problems = _validate(values)
+    if problems:
+        raise SpecError(_locate(problem, document) for problem in problems)
+    assert changed is not None
+    changed._baseline, changed._document = spec.baseline, document
+    return changed
 
 
 def _baseline_at(path: Path, shown: str, root: Path) -> Spec:

@@ -1,0 +1,461 @@
+"""Solving for parity: integer values of one to three free keys at which a model matches a baseline.
+
+Parameters and FLOPs are products of sizes, so along each free key an axis is a polynomial of degree two at most (up to
+what is rounded up, such as capacities). A polynomial through a few exact ledgers is searched; what it finds is then
+priced by the ledger itself, and only those figures are reported.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
+from itertools import combinations, islice, product
+from typing import Any, cast
+
+from memforge.blocks.base import KindSpec
+from memforge.cost import estimate
+from memforge.errors import CheckFailedError, Diagnostic, KeyPath, SpecError, UsageError, printable
+from memforge.parity import Axis
+from memforge.plan import ModelPlan, make_model_plan
+from memforge.spec import Spec, with_values
+from memforge.spec.document import Source
+from memforge.spec.keys import Key, find_key, known_keys, value_of
+
+OPTION = "--free"
+MAX_FREE = 3
+# How far from its present value a key is searched, unless a range is given.
+REACH = 64
+DEFAULT_TOLERANCE = 0.005
+# Values of the enumerated keys that are tried in a round; the last key is solved for at each.
+TRIED = 2048
+# Between them the best ones are followed by steps that halve, from half of a value to less than one in a million.
+KEPT, HALVINGS = 4, 21
+# Candidates that are priced exactly in a round, and rounds: where an axis is not a polynomial, the next one is fitted
+# around what the last one found.
+PRICED, ROUNDS = 16, 3
+# Keys that a suggestion looks at, alone and in pairs.
+SUGGESTED = 3
+# Points that the spec refuses before the next valid one is given up on.
+REFUSED = 256
+
+# The value of each free key, in their order.
+Point = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Free:
+    """A key to solve for: multiples of `step` from `low` to `high`."""
+
+    key: Key
+    low: int
+    high: int
+    step: int
+    current: int
+
+    @property
+    def count(self) -> int:
+        return self.high // self.step - self.first // self.step + 1
+
+    @property
+    def first(self) -> int:
+        return -(-self.low // self.step) * self.step
+
+    def nearest(self, value: float) -> int:
+        """The allowed value closest to a real one."""
+        return min(max(round(value / self.step) * self.step, self.first), self.high // self.step * self.step)
+
+    def around(self, value: float) -> set[int]:
+        """The allowed values on both sides of a real one."""
+        return {self.nearest(value - self.step / 2), self.nearest(value + self.step / 2)}
+
+    def spread(self, count: int) -> list[int]:
+        """At most about `count` values over the range, closer together where they are small."""
+        if self.count <= count:
+            return list(range(self.first, self.high + 1, self.step))
+        ratio = (self.high / self.first) ** (1 / (count - 1))
+        return sorted({self.nearest(self.first * ratio**i) for i in range(count)})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Values of the free keys, and every axis there, priced by the ledger."""
+
+    values: Point
+    axes: tuple[Axis, ...]
+
+    @property
+    def score(self) -> float:
+        """The largest |ratio - 1| as a share of its tolerance: at most 1 where the models match."""
+        return max(_off(axis) for axis in self.axes if axis.tolerance is not None)
+
+    @property
+    def ok(self) -> bool:
+        return all(axis.ok is not False for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class Match:
+    """The best candidates, best first."""
+
+    free: tuple[Free, ...]
+    candidates: tuple[Candidate, ...]
+    evaluations: int
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+
+def parse_free(spec: Spec, text: str, multiple_of: int = 1) -> Free:
+    """KEY or KEY=LOW..HIGH. Raises SpecError at the character that is wrong."""
+    name, equals, bounds = text.partition("=")
+    key = find_key(spec, name, OPTION)
+    values = key.values(spec)
+    if not all(type(value) is int for value in values):
+        shown = ", ".join(str(value) for value in dict.fromkeys(map(str, values)))
+        raise _at(text, 0, f"`{printable(key.name)}` is not an integer: {printable(shown)}")
+    if len(set(values)) > 1:
+        shown = ", ".join(f"{'.'.join(map(str, p))} = {v}" for p, v in zip(key.places, values, strict=True))
+        raise _at(text, 0, f"`{printable(key.name)}` has several values: {shown}", "name one of them")
+    lowest, highest = _bounds(spec, key)
+    current = values[0]
+    if equals:
+        low, dots, high = bounds.partition("..")
+        if not (dots and low.strip().isdecimal() and high.strip().isdecimal() and int(low) <= int(high)):
+            raise _at(text, len(name) + 1, f"expected KEY=LOW..HIGH, got {printable(bounds) or 'nothing'}")
+        low_value, high_value = max(lowest, int(low)), min(highest, int(high))
+    else:
+        low_value, high_value = max(lowest, current // REACH, 1), min(highest, max(current, 1) * REACH)
+    free = Free(key, low_value, high_value, multiple_of, current)
+    if free.count < 1:
+        raise _at(text, 0, f"no multiple of {multiple_of} from {low_value:,} to {high_value:,} is allowed here")
+    return free
+
+
+def solve(
+    spec: Spec,
+    baseline_name: str,
+    baseline: ModelPlan,
+    free: Sequence[Free],
+    tolerances: Mapping[str, float],
+    seq_len: int,
+) -> Match:
+    """Values of the free keys that bring every axis of `tolerances` closest to the baseline's, at `seq_len` tokens.
+
+    Raises UsageError for no key, too many or the same one twice, SpecError when the spec is valid at none of the values
+    that were tried.
+    """
+    if not 1 <= len(free) <= MAX_FREE:
+        raise UsageError(f"give one to {MAX_FREE} keys with {OPTION}, not {len(free)}")
+    places = [place for f in free for place in f.key.places]
+    if len(set(places)) < len(places):
+        raise UsageError(f"{OPTION}: {', '.join(f.key.name for f in free)} name the same key more than once")
+    if seq_len > spec.model.max_seq_len:
+        raise UsageError(
+            f"{spec.model.name} takes at most {spec.model.max_seq_len} tokens (model.max_seq_len), not {seq_len}"
+        )
+    free = sorted(free, key=lambda f: f.count)  # the one with the most values is solved for
+    ledger = _Ledger(spec, tuple(free), baseline, tolerances, seq_len)
+    centre = tuple(f.current for f in free)
+    for _ in range(ROUNDS):
+        known = len(ledger.priced)
+        surfaces = _fit(ledger, centre)
+        for point in ledger.valid_of(_search(ledger, surfaces), PRICED):
+            ledger.price(point)
+        ranked = ledger.ranked()
+        if not ranked:
+            break
+        exact = all(
+            math.isclose(surfaces[axis.name].at(ranked[0].values), axis.ratio, rel_tol=1e-9)
+            for axis in ranked[0].axes
+            if axis.name in surfaces
+        )
+        if exact or len(ledger.priced) == known:
+            break
+        centre = ranked[0].values
+    candidates = ledger.ranked()
+    if not candidates:
+        assert ledger.refusal is not None
+        raise ledger.refusal
+    return Match(tuple(free), tuple(candidates), len(ledger.priced))
+
+
+def changes(match: Match) -> dict[KeyPath, int]:
+    """The best candidate as values of keys."""
+    return {place: v for f, v in zip(match.free, match.best.values, strict=True) for place in f.key.places}
+
+
+def suggest(
+    spec: Spec, baseline_name: str, baseline: ModelPlan, tolerances: Mapping[str, float], seq_len: int
+) -> Match | None:
+    """A match on one key or two, those that move the judged axes most; None where none of them leads to one."""
+    ranked = _by_influence(spec, tolerances, seq_len)[:SUGGESTED]
+    for names in (*((name,) for name in ranked), *combinations(ranked, 2)):
+        free = [parse_free(spec, name) for name in names]
+        try:
+            found = solve(spec, baseline_name, baseline, free, tolerances, seq_len)
+        except (SpecError, UsageError):
+            continue
+        if found.best.ok:
+            return found
+    return None
+
+
+def _by_influence(spec: Spec, tolerances: Mapping[str, float], seq_len: int) -> list[str]:
+    """Names of the sizes of blocks and pools, by how far a quarter more of each moves the judged axes and no others."""
+    now = estimate(make_model_plan(spec), seq_len=seq_len, devices=()).exact_axes()
+    influence: dict[tuple[KeyPath, ...], tuple[float, str]] = {}
+    for name, places in known_keys(spec).items():
+        values = Key(name, places).values(spec)
+        table = value_of(spec, places[0][:-1])
+        if not isinstance(table, KindSpec) or len(set(values)) > 1 or type(values[0]) is not int:
+            continue
+        try:
+            more = with_values(spec, dict.fromkeys(places, max(values[0] + 1, round(values[0] * 1.25 / 2) * 2)))
+        except SpecError:
+            continue
+        moved = estimate(make_model_plan(more), seq_len=seq_len, devices=()).exact_axes()
+        moves = {axis: abs(float(moved[axis] / now[axis]) - 1) for axis in now}
+        # What is judged should move; of parameters and FLOPs, the other one should not.
+        effect = sum(moves[axis] for axis in tolerances)
+        effect -= sum(moves[axis] for axis in ("params", "flops") if axis not in tolerances) / 2
+        if any(moved[axis] != now[axis] for axis in tolerances):
+            influence[places] = (effect, name)  # KIND.FIELD comes after the key as it stands
+    return [name for _, name in sorted(influence.values(), reverse=True)]
+
+
+def require_match(match: Match, name: str, baseline: str) -> None:
+    """Raises CheckFailedError with the nearest candidate where no candidate is within the tolerances."""
+    if match.best.ok:
+        return
+    at = ", ".join(f"{f.key.name} = {v:,}" for f, v in zip(match.free, match.best.values, strict=True))
+    off = "; ".join(str(axis) for axis in match.best.axes if axis.ok is False)
+    ranges = ", ".join(f"{f.key.name} {f.first:,} to {f.high:,}" for f in match.free)
+    raise CheckFailedError(f"no match of {name} with {baseline} for {ranges}: the nearest is {at}, where {off}")
+
+
+class _Ledger:
+    """Exact axes at points, each priced once; what the spec refuses has none."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        free: tuple[Free, ...],
+        baseline: ModelPlan,
+        tolerances: Mapping[str, float],
+        seq_len: int,
+    ) -> None:
+        self.spec, self.free, self.tolerances, self.seq_len = spec, free, tolerances, seq_len
+        self.baseline = estimate(baseline, seq_len=seq_len, devices=()).exact_axes()
+        self.priced: dict[Point, Candidate | None] = {}
+        self.specs: dict[Point, Spec | None] = {}
+        self.refusal: SpecError | None = None
+
+    def spec_at(self, point: Point) -> Spec | None:
+        if point not in self.specs:
+            changes: dict[KeyPath, Any] = {}
+            for free, value in zip(self.free, point, strict=True):
+                changes |= dict.fromkeys(free.key.places, value)
+            try:
+                self.specs[point] = with_values(self.spec, changes)
+            except SpecError as refusal:
+                self.refusal, self.specs[point] = refusal, None
+        return self.specs[point]
+
+    def valid_of(self, points: Iterable[Point], count: int) -> list[Point]:
+        """The first `count` of the points at which the spec is valid, unless too many are not."""
+        looked_at = islice(points, count + REFUSED)
+        return list(islice((point for point in looked_at if self.spec_at(point) is not None), count))
+
+    def valid_alone(self, i: int, values: Iterable[int]) -> list[int]:
+        """The values of key i at which the spec is valid with the other keys as they are; all of them where none is."""
+        current = tuple(free.current for free in self.free)
+        values = list(values)
+        return [v for v in values if self.spec_at((*current[:i], v, *current[i + 1 :])) is not None] or values
+
+    def price(self, point: Point) -> Candidate | None:
+        if point not in self.priced:
+            spec = self.spec_at(point)
+            self.priced[point] = None if spec is None else self._price(point, make_model_plan(spec))
+        return self.priced[point]
+
+    def _price(self, point: Point, model: ModelPlan) -> Candidate:
+        found = estimate(model, seq_len=min(self.seq_len, model.max_seq_len), devices=()).exact_axes()
+        axes = (Axis(name, found[name], self.baseline[name], self.tolerances.get(name)) for name in found)
+        return Candidate(point, tuple(axes))
+
+    def ranked(self) -> list[Candidate]:
+        """What was priced, best first: the least off, then the least changed."""
+        found = [c for c in self.priced.values() if c is not None and self.allowed(c.values)]
+        return sorted(found, key=lambda c: (c.score, self.change(c.values)))
+
+    def allowed(self, point: Point) -> bool:
+        """The polynomial may have been fitted outside the range."""
+        return all(v % f.step == 0 and f.first <= v <= f.high for f, v in zip(self.free, point, strict=True))
+
+    def change(self, point: Point) -> float:
+        return sum(abs(math.log(max(1, v) / max(1, f.current))) for f, v in zip(self.free, point, strict=True))
+
+
+@dataclass(frozen=True)
+class _Surface:
+    """An axis over the baseline's as a polynomial through a grid of exact values: Lagrange's form along each key."""
+
+    nodes: tuple[tuple[int, ...], ...]
+    values: Mapping[Point, float]
+    tolerance: float
+
+    def at(self, point: Sequence[float]) -> float:
+        c0, c1, c2 = self.along_last(point[:-1])
+        x = point[-1]
+        return c0 + x * (c1 + x * c2)
+
+    def along_last(self, first: Sequence[float]) -> tuple[float, float, float]:
+        """Coefficients of the polynomial in the last key, with the others at `first`."""
+        bases = [_lagrange(nodes, x) for nodes, x in zip(self.nodes, first, strict=False)]
+        sums = []
+        for last in self.nodes[-1]:
+            total = 0.0
+            for indices in product(*(range(len(nodes)) for nodes in self.nodes[:-1])):
+                weight = math.prod(basis[i] for basis, i in zip(bases, indices, strict=True))
+                key = (*(nodes[i] for nodes, i in zip(self.nodes, indices, strict=False)), last)
+                total += weight * self.values[key]
+            sums.append(total)
+        return _coefficients(self.nodes[-1], sums)
+
+
+def _fit(ledger: _Ledger, centre: Point) -> dict[str, _Surface]:
+    """Surfaces through the ledger at up to three valid values of each key, the centre's among them."""
+    nodes = tuple(_nodes(ledger, centre, i) for i in range(len(ledger.free)))
+    grid = {point: ledger.price(point) for point in product(*nodes)}
+    if any(candidate is None for candidate in grid.values()):
+        names = ", ".join(free.key.name for free in ledger.free)
+        why = ledger.refusal.diagnostics[0] if ledger.refusal else None
+        raise UsageError(f"{OPTION} {names}: values near the present ones do not go together: {why and why.message}")
+    surfaces = {}
+    for name, tolerance in ledger.tolerances.items():
+        values = {
+            point: next(axis.ratio for axis in cast(Candidate, candidate).axes if axis.name == name)
+            for point, candidate in grid.items()
+        }
+        surfaces[name] = _Surface(nodes, values, tolerance)
+    return surfaces
+
+
+def _nodes(ledger: _Ledger, centre: Point, i: int) -> tuple[int, ...]:
+    """The centre's value of a key and two others at which the spec is valid, about a factor of two away."""
+    free, found = ledger.free[i], [centre[i]]
+    for value in (free.nearest(centre[i] * factor) for factor in (2, 0.5, 4, 0.25, 1.25, 3, 8)):
+        if len(found) == 3:
+            break
+        if value not in found and ledger.price((*centre[:i], value, *centre[i + 1 :])) is not None:
+            found.append(value)
+    return tuple(found)
+
+
+def _search(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> list[Point]:
+    """Points where the surfaces come closest to 1, best first.
+
+    All keys but the one with the most values are enumerated; at each of their values the largest difference is least
+    where one axis meets its target, where two axes are equally far off, or at an end of the range.
+    """
+    *others, last = ledger.free
+    per_key = max(2, round(TRIED ** (1 / max(1, len(others)))))
+    scores: dict[Point, float] = {}
+
+    def visit(first: Point) -> None:
+        curves = [(s.along_last(first), s.tolerance) for s in surfaces.values()]
+        for value in _least(curves, last):
+            scores[(*first, value)] = max(abs(_value(c, value) - 1) / (tol or _TINY) for c, tol in curves)
+
+    for first in product(*(ledger.valid_alone(i, f.spread(per_key)) for i, f in enumerate(others))):
+        visit(first)
+    for halvings in range(1, HALVINGS if others else 0):  # between the values that were tried
+        for point in ledger.valid_of(nsmallest(KEPT + REFUSED, scores, key=scores.__getitem__), KEPT):
+            steps = (
+                {f.nearest(v * (1 + j * 0.5**halvings)) for j in (-1, 0, 1)}
+                for f, v in zip(others, point, strict=False)
+            )
+            for first in product(*steps):
+                visit(first)
+    return sorted(scores, key=lambda point: (scores[point], ledger.change(point)))
+
+
+# A tolerance of 0 asks for equality; it must still say which of two candidates is nearer.
+_TINY = 1e-12
+
+
+def _least(curves: Sequence[tuple[tuple[float, float, float], float]], free: Free) -> set[int]:
+    """Values of the last key at which the largest difference can be least."""
+    off = [tuple((c - (i == 0)) / (tol or _TINY) for i, c in enumerate(curve)) for curve, tol in curves]
+    equations = [*off]
+    for i, a in enumerate(off):
+        for b in off[:i]:
+            equations += [
+                tuple(x + y for x, y in zip(a, b, strict=True)),
+                tuple(x - y for x, y in zip(a, b, strict=True)),
+            ]
+    ends = {free.nearest(free.low), free.nearest(free.high), free.nearest(free.current)}
+    roots = {root + i * free.step for equation in equations for root in _roots(*equation) for i in (-1, 0, 1)}
+    return ends | {value for root in roots for value in free.around(root)}
+
+
+def _roots(c0: float, c1: float, c2: float) -> Iterator[float]:
+    if abs(c2) * 2**40 < abs(c1):  # a rounding error of the fit, not a square
+        c2 = 0.0
+    if c2 == 0:
+        if c1 != 0:
+            yield -c0 / c1
+        return
+    square = c1 * c1 - 4 * c2 * c0
+    if square < 0:
+        yield -c1 / (2 * c2)  # where it is nearest
+        return
+    q = -(c1 + math.copysign(math.sqrt(square), c1)) / 2
+    yield q / c2
+    if q != 0:
+        yield c0 / q
+
+
+def _value(coefficients: tuple[float, float, float], x: float) -> float:
+    c0, c1, c2 = coefficients
+    return c0 + x * (c1 + x * c2)
+
+
+def _lagrange(nodes: Sequence[int], x: float) -> list[float]:
+    """The weight of the value at each node in the polynomial at x."""
+    return [math.prod((x - b) / (a - b) for b in nodes if b != a) for a in nodes]
+
+
+def _coefficients(nodes: Sequence[int], values: Sequence[float]) -> tuple[float, float, float]:
+    """c0, c1, c2 of the polynomial through up to three points."""
+    c0 = c1 = c2 = 0.0
+    for a, value in zip(nodes, values, strict=True):
+        others = [b for b in nodes if b != a]
+        scale = value / math.prod(a - b for b in others)
+        if len(others) == 2:
+            c0, c1, c2 = c0 + scale * others[0] * others[1], c1 - scale * sum(others), c2 + scale
+        elif len(others) == 1:
+            c0, c1 = c0 - scale * others[0], c1 + scale
+        else:
+            c0 += scale
+    return c0, c1, c2
+
+
+def _off(axis: Axis) -> float:
+    return abs(axis.ratio - 1) / (axis.tolerance or _TINY)
+
+
+def _bounds(spec: Spec, key: Key) -> tuple[int, int]:
+    """What the grammar allows at every place of a key."""
+    low, high = 1, 2**31
+    for place in key.places:
+        field = type(value_of(spec, place[:-1])).model_fields[str(place[-1])]
+        for bound in field.metadata:
+            low = max(low, getattr(bound, "ge", None) or low)
+            high = min(high, getattr(bound, "le", None) or high)
+    return low, high
+
+
+def _at(text: str, column: int, message: str, hint: str | None = None) -> SpecError:
+    return SpecError([Diagnostic(message, Source(OPTION, text).position(0, column, len(text)), (), hint)])
