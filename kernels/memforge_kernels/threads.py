@@ -77,19 +77,13 @@ def prefetch(typing_context: Any, address: Any) -> Any:
     return numba.types.void(numba.types.int64), emit
 
 
-# Rows ahead of the one in use whose address is looked up: a walk through the page tables takes longer than a row.
-ADDRESSES_AHEAD = 8
-
-
-@compiled
-def ask_for_address(table, row):
-    """Have the address of a row looked up, by asking for its first line; the row itself is asked for nearer its use."""
-    prefetch(table.ctypes.data + row * table.shape[1] * table.itemsize)
+# The start of a row is asked for; the processor, which sees one line after another, fetches what follows by itself.
+ASKED_BYTES = 256
 
 
 @compiled
 def ask_for_row(table, row):
     """Rows lie anywhere in a table, so that no hardware prefetcher finds the next one."""
     row_bytes = table.shape[1] * table.itemsize
-    for offset in range(0, row_bytes, CACHE_LINE):
+    for offset in range(0, min(row_bytes, ASKED_BYTES), CACHE_LINE):
         prefetch(table.ctypes.data + row * row_bytes + offset)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from memforge_kernels.threads import ADDRESSES_AHEAD, ask_for_address, ask_for_row, compiled, over_rows
+from memforge_kernels.threads import ask_for_row, compiled, over_rows
 
 # Rows asked for ahead: their latency is hidden behind the products with those before.
 ROWS_AHEAD = 4
@@ -22,8 +22,6 @@ def _gather_dot(start, stop, x, values, slots, out):
     for i in range(start, stop):
         vector = x[i]
         for j in range(k):
-            if j + ADDRESSES_AHEAD < k:
-                ask_for_address(values, slots[i, j + ADDRESSES_AHEAD])
             if j + ROWS_AHEAD < k:
                 ask_for_row(values, slots[i, j + ROWS_AHEAD])
             row, total = values[slots[i, j]], x.dtype.type(0)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memforge_kernels.threads import ADDRESSES_AHEAD, ask_for_address, ask_for_row, compiled, over_rows
+from memforge_kernels.threads import ask_for_row, compiled, over_rows
 
 # starts [u + 1], row_idx [r], weights [r], rows [n, v]: see RowGradient.
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -117,11 +117,6 @@ def _adamw(
 ):  # fmt: skip
     grad = np.empty(rows.shape[1], rows.dtype)
     for i in range(start, stop):
-        far = i + ADDRESSES_AHEAD
-        if far < stop:
-            ask_for_address(values, where[far])
-            ask_for_address(exp_avg, slots[far])
-            ask_for_address(exp_avg_sq, slots[far])
         if i + 1 < stop:
             ask_for_row(values, where[i + 1])
             ask_for_row(exp_avg, slots[i + 1])
@@ -148,8 +143,6 @@ def _adamw(
 def _sgd(start, stop, starts, row_idx, weights, rows, values, where, shrink, step):
     grad = np.empty(rows.shape[1], rows.dtype)
     for i in range(start, stop):
-        if i + ADDRESSES_AHEAD < stop:
-            ask_for_address(values, where[i + ADDRESSES_AHEAD])
         if i + 1 < stop:
             ask_for_row(values, where[i + 1])
         _sum_segment(starts[i], starts[i + 1], row_idx, weights, rows, grad)

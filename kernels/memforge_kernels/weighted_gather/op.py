@@ -28,12 +28,20 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    require_slots(slots, values.shape[0])
     if values.is_cuda and weights.dtype != torch.float64:
         # Triton is needed where it runs, and only there.
         from memforge_kernels.weighted_gather import kernel
 
+        require_slots(slots, values.shape[0])
         return kernel.weighted_gather(values, slots, weights)
+    try:
+        return _composed(values, slots, weights)
+    except (IndexError, RuntimeError):
+        require_slots(slots, values.shape[0])  # torch has looked at every slot; this says which is wrong
+        raise
+
+
+def _composed(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     if values.dtype == weights.dtype:
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights)
     rows = rows_at_a_time(slots, values)
