@@ -1,8 +1,38 @@
 """The machine this process runs on."""
 
+import ctypes
 import os
+import platform
+from contextlib import suppress
+from pathlib import Path
 
 from memforge.errors import DeviceError
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# As <malloc.h> numbers them.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed for the next allocation, where it can be told to.
+
+    By default large tensors are returned to the system when they are freed, and a training step asks for the same pages
+    again, to be cleared: a fifth of a step of a 134M-parameter model on two cores.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def machine_memory() -> int:

@@ -1,10 +1,12 @@
 """Whether two models are matched, axis by axis."""
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from memforge.cost import AXES, as_number, estimate
+from memforge.cost import AXES, CostReport, as_number, estimate
 from memforge.errors import CheckFailedError, UsageError
 from memforge.plan import ModelPlan, Plan
 from memforge.spec.schema import ToleranceSpec
@@ -48,11 +50,29 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Swap:
+    """Layers whose blocks after the mixer differ: their kinds, and their FLOPs per token, ours and the baseline's."""
+
+    layers: tuple[int, ...]
+    kinds: tuple[str, str]
+    forward: tuple[Fraction, Fraction]
+    backward: tuple[Fraction, Fraction]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "layers": list(self.layers),
+            "kinds": list(self.kinds),
+            "forward": [as_number(value) for value in self.forward],
+            "backward": [as_number(value) for value in self.backward],
+        }
+
+
+@dataclass(frozen=True)
 class Parity:
     """The verdict of one comparison: every axis with a tolerance lies within it.
 
     `caveats` are those of the baseline; every report repeats them beside the model's own. `fix` is the command that
-    finds sizes at which the two match.
+    finds sizes at which the two match. `swaps` are the blocks that stand where a baseline of as many layers has others.
     """
 
     name: str
@@ -61,6 +81,7 @@ class Parity:
     axes: tuple[Axis, ...]
     caveats: tuple[str, ...] = ()
     fix: str | None = None
+    swaps: tuple[Swap, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -77,6 +98,7 @@ class Parity:
             "axes": {axis.name: axis.as_dict() for axis in self.axes},
             "caveats": list(self.caveats),
             "fix": self.fix,
+            "swaps": [swap.as_dict() for swap in self.swaps],
         }
 
 
@@ -110,10 +132,33 @@ def compare(
     for who, plan in ((name, model), (baseline_name, baseline)):
         if seq_len > plan.max_seq_len:
             raise UsageError(f"{who} takes at most {plan.max_seq_len} tokens (model.max_seq_len), not {seq_len}")
-    ours, theirs = (estimate(plan, seq_len=seq_len).exact_axes() for plan in (model, baseline))
+    reports = [estimate(plan, seq_len=seq_len, devices=()) for plan in (model, baseline)]
+    ours, theirs = (report.exact_axes() for report in reports)
     axes = tuple(Axis(axis, ours[axis], theirs[axis], getattr(tolerance, axis)) for axis in AXES)
     caveats = tuple(f"{baseline_name}: {caveat}" for caveat in baseline.caveats())
-    return Parity(name, baseline_name, seq_len, axes, caveats)
+    swaps = tuple(_swaps((model, baseline), reports))
+    return Parity(name, baseline_name, seq_len, axes, caveats, swaps=swaps)
+
+
+def _swaps(models: tuple[ModelPlan, ModelPlan], reports: list[CostReport]) -> Iterator[Swap]:
+    if models[0].num_layers != models[1].num_layers:
+        return
+    spent: list[dict[str, tuple[int, int]]] = []
+    for report in reports:
+        by_path: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        for row in report.rows:
+            forward, backward = by_path[row.path]
+            by_path[row.path] = forward + row.cost.counted[0], backward + row.cost.counted[1]
+        spent.append(by_path)
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for idx, layers in enumerate(zip(models[0].layers, models[1].layers, strict=True)):
+        kinds = tuple(" + ".join(block.kind for block in layer.blocks) or "nothing" for layer in layers)
+        costs = [[by_path[block.path] for block in layer.blocks] for by_path, layer in zip(spent, layers, strict=True)]
+        totals = [[Fraction(sum(cost[i] for cost in side), reports[0].tokens) for side in costs] for i in (0, 1)]
+        if kinds[0] != kinds[1]:
+            groups[kinds, tuple(totals[0]), tuple(totals[1])].append(idx)
+    for (kinds, forward, backward), indices in groups.items():
+        yield Swap(tuple(indices), kinds, forward, backward)
 
 
 def claimed(plan: Plan, seq_len: int | None = None) -> Parity | None:

@@ -15,6 +15,11 @@ from safetensors import SafetensorError
 from memforge.errors import StorageError
 
 
+def cache_dir() -> Path:
+    """Where what can be made again is kept, by $XDG_CACHE_HOME; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memforge"
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """What the system or safetensors cannot read or write becomes a StorageError with the path."""

@@ -106,6 +106,12 @@ class Traffic:
     dtype: DType | None = None
 
 
+# What sets the pace of an op on a real machine, with what its `shape` holds.
+# matmul: rows, in, out, matrices; attention: sequences, tokens, heads, head width; scoring: tokens, heads, sub-keys,
+# query width, chosen; rows: tokens, rows each, width, rows of the table.
+Engine = Literal["matmul", "attention", "scoring", "rows"]
+
+
 @dataclass(frozen=True)
 class OpCost:
     """FLOPs of one op over a whole batch; a multiply-add is 2.
@@ -121,6 +127,8 @@ class OpCost:
     counted_forward: int | None = None
     counted_backward: int | None = None
     traffic: Traffic = Traffic(0, 0, 0, 0)
+    engine: Engine = "matmul"
+    shape: tuple[int, ...] = ()
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -136,7 +144,8 @@ def matmul_cost(op: str, n: int, in_dim: int, out_dim: int, *, num_matrices: int
     """
     forward, weights, rows = 2 * n * in_dim * out_dim, min(num_matrices, n) * in_dim * out_dim, n * (in_dim + out_dim)
     # Backward reads the weights and writes their gradient; each of the two products reads or writes every row.
-    return OpCost(op, forward, 2 * forward, traffic=Traffic(weights, rows, 2 * weights, 2 * rows))
+    moved = Traffic(weights, rows, 2 * weights, 2 * rows)
+    return OpCost(op, forward, 2 * forward, traffic=moved, shape=(n, in_dim, out_dim, num_matrices))
 
 
 def rows_cost(op: str, n: int, rows: int, width: int, num_rows: int, dtype: DType) -> OpCost:
@@ -148,7 +157,7 @@ def rows_cost(op: str, n: int, rows: int, width: int, num_rows: int, dtype: DTyp
     forward, pointers = 2 * n * rows * width, 3 * n * rows  # an int64 slot is two fp32 elements
     table, vectors = min(n * rows, num_rows) * width, n * width
     moved = Traffic(table, vectors + pointers, 2 * table, 2 * vectors + pointers, dtype=dtype)
-    return OpCost(op, forward, 2 * forward, traffic=moved)
+    return OpCost(op, forward, 2 * forward, traffic=moved, engine="rows", shape=(n, rows, width, num_rows))
 
 
 @dataclass(frozen=True)
@@ -171,10 +180,14 @@ def norm_saved(what: str, rows: int, width: int) -> tuple[Saved, ...]:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Bytes alive at the worst moment of a block's forward and backward pass, beside what it saves; an estimate."""
+    """Bytes alive at the worst moment of a block's forward and backward pass, beside what it saves; an estimate.
+
+    `kept` are alive at all times and shared by all blocks.
+    """
 
     forward: int = 0
     backward: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)

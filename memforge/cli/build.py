@@ -56,7 +56,7 @@ def build(
         require(parity)
     if plan_only:
         if json_:
-            print_json(cost_record(plan.name, cost, parity))
+            print_json(cost_record(plan.name, cost, [parity] if parity else []))
         else:
             _print_plan(plan, cost, parity)
         return
@@ -93,7 +93,7 @@ def _print_plan(plan: Any, cost: dict[str, Any], parity: Any) -> None:
     verdict = None if parity is None else parity.as_dict()
     if verdict is not None:
         tables.append(parity_table(verdict))
-    show_tables(tables, cost, verdict)
+    show_tables(tables, cost, [verdict] if verdict else [])
 
 
 def _print_written(cost: dict[str, Any], manifest: dict[str, Any], target: Path) -> None:

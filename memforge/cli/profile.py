@@ -1,5 +1,6 @@
 """memforge profile."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,15 +18,16 @@ from memforge.cli.options import (
     load,
     tolerances,
 )
-from memforge.errors import UsageError, printable
-from memforge.report.console import console, print_json
+from memforge.errors import CheckFailedError, UsageError, printable
+from memforge.report.console import console, plain, print_json
+from memforge.storage import storage_errors
 
 
 def profile(
     spec: SpecPath,
     against: Annotated[
-        Path | None,
-        typer.Option("--against", metavar="SPEC", help="Compare with this spec; exit 1 unless matched."),
+        list[Path] | None,
+        typer.Option("--against", metavar="SPEC", help="Compare with this spec; exit 1 unless matched. Repeatable."),
     ] = None,
     tolerance: Annotated[
         list[str] | None,
@@ -44,6 +46,14 @@ def profile(
     measure: Annotated[
         bool, typer.Option("--measure", help="Run training steps on this CPU and count what they hold.")
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="DIR", help="Run steps; write a trace for Perfetto, Chrome and TensorBoard."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write the report as one page with figures.")
+    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="Print one row for every block, pool and table instead.")] = False,
     set_: Set = None,
     spec_root: SpecRoot = None,
     no_parity: NoParity = False,
@@ -55,16 +65,20 @@ def profile(
     from memforge.parity import claimed, report_seq_len
     from memforge.plan import make_plan
     from memforge.report import cost as tables
+    from memforge.report.csv import ledger_csv
     from memforge.spec import load_baseline
 
-    if tolerance and against is None:
+    if tolerance and not against:
         raise UsageError("--tolerance needs --against; a spec's own claim has its tolerance in [parity]")
-    if no_parity and against is not None:
+    if no_parity and against:
         raise UsageError("--no-parity is about the spec's own claim; --against compares with another spec instead")
+    if csv and json_:
+        raise UsageError("--csv and --json: give one of them")
     loaded = load(spec, set_, spec_root)
     plan = make_plan(loaded)
-    other = None if against is None else make_plan(load_baseline(against, spec_root=spec_root))
-    length = report_seq_len(plan, seq_len, None if other is None else other.model)
+    others = [make_plan(load_baseline(path, spec_root=spec_root)) for path in against or ()]
+    shortest = min((other.model for other in others), key=lambda model: model.max_seq_len, default=None)
+    length = report_seq_len(plan, seq_len, shortest)
     run = plan.run.train
     report = estimate(
         plan.model,
@@ -74,17 +88,42 @@ def profile(
         devices=_devices(device),
         dense_values=plan.run.dense_values,
     )
-    parity = claimed(plan, length) if other is None else _compared(plan, other, tolerance, length)
-    if not no_parity:
-        parity = with_fix(parity, loaded, spec, against)
+    if others:
+        verdicts = [
+            with_fix(_compared(plan, other, tolerance, length), loaded, spec, path)
+            for other, path in zip(others, against or (), strict=True)
+        ]
+    else:
+        claim = claimed(plan, length)
+        verdicts = [] if claim is None else [claim if no_parity else with_fix(claim, loaded, spec)]
+    if trace is not None:
+        _require_writable(trace)
+    if measure or trace is not None:
+        _require_room(plan, report)
     measured = _measured(plan, report) if measure else None
     cost = report.as_dict()
+    if trace is not None:
+        _write_trace(plan, report, cost, trace)
+    record = tables.cost_record(plan.name, cost, verdicts) | {"measured": measured}
+    if html is not None:
+        _write_html(html, record)
     if json_:
-        print_json(tables.cost_record(plan.name, cost, parity) | {"measured": measured})
+        print_json(record)
+    elif csv:
+        sys.stdout.write(ledger_csv(cost))
     else:
-        _print_profile(plan.name, cost, parity.as_dict() if parity else None, measured)
+        _print_profile(plan.name, cost, record["comparisons"], measured)
     if not no_parity:
-        end_with(parity, as_json=json_)
+        for verdict in verdicts:
+            end_with(verdict, as_json=json_)
+
+
+def _write_html(path: Path, record: dict[str, Any]) -> None:
+    from memforge.report.html import profile_page
+
+    with storage_errors(path):
+        path.write_text(profile_page(record), encoding="utf-8")
+    plain(f"wrote {printable(str(path))}", stderr=True)
 
 
 def _devices(names: list[str] | None) -> list[Any]:
@@ -106,21 +145,77 @@ def _devices(names: list[str] | None) -> list[Any]:
     return chosen
 
 
-def _measured(plan: Any, report: Any) -> dict[str, Any]:
-    """Real training steps at the shape of the report. Raises DeviceError where they would not fit."""
-    from dataclasses import asdict
-
+def _require_room(plan: Any, report: Any) -> None:
+    """Raises DeviceError where a training step would not fit this machine."""
     from memforge.machine import require_memory
 
     run, memory = plan.run.train, report.memory
-    checkpointed = run is not None and run.activation_checkpointing
-    peak = memory.peak_checkpointed if checkpointed else memory.peak
+    peak = memory.peak_checkpointed if run is not None and run.activation_checkpointing else memory.peak
     require_memory(peak, f"{plan.name}: a step on {report.batch} x {report.seq_len} tokens (--batch, --seq-len)")
-    with console(stderr=True).status("measuring training steps on this CPU"):
-        from memforge.profile.measure import measure_step
 
-        step = measure_step(plan, report.batch, report.seq_len, checkpoint_layers=checkpointed)
-    return {"activation_checkpointing": checkpointed, **asdict(step)}
+
+def _require_writable(directory: Path) -> None:
+    """Raises StorageError before anything is run."""
+    with storage_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+
+
+def _write_trace(plan: Any, report: Any, cost: dict[str, Any], directory: Path) -> None:
+    with console(stderr=True).status("tracing training steps"):
+        from memforge.profile.trace import write_trace
+
+        files = write_trace(plan, directory, report.batch, report.seq_len, cost)
+    for file in files:
+        plain(f"wrote {printable(str(file))}", stderr=True)
+
+
+def _measured(plan: Any, report: Any) -> dict[str, Any]:
+    """Real training steps at the shape of the report. Raises CheckFailedError where torch counts other FLOPs."""
+    from dataclasses import asdict
+
+    from memforge.machine import cpu_name
+
+    run = plan.run.train
+    checkpointed = run is not None and run.activation_checkpointing
+    with console(stderr=True).status("measuring training steps on this CPU") as status:
+        from memforge.profile.counter import count_flops
+        from memforge.profile.measure import measure_step, time_step
+
+        shape = (report.batch, report.seq_len)
+        step = measure_step(plan, *shape, checkpoint_layers=checkpointed)
+        status.update("timing training steps on this CPU")
+        times = time_step(plan, *shape, checkpoint_layers=checkpointed)
+        status.update("counting FLOPs on the meta device")
+        counted = count_flops(plan.model, *shape)
+    if counted != report.flops(executed=True):
+        raise CheckFailedError(f"executed FLOPs: the ledger has {report.flops(executed=True)}, torch counted {counted}")
+    return {
+        "device": cpu_name(),
+        "activation_checkpointing": checkpointed,
+        **asdict(step),
+        "flops": {"forward": counted[0], "backward": counted[1]},
+        "steps": times.steps,
+        "seconds": _beside_prediction(plan, report, times, checkpointed),
+    }
+
+
+def _beside_prediction(plan: Any, report: Any, times: Any, checkpointed: bool) -> dict[str, dict[str, float | None]]:
+    """Measured seconds of each phase, and the predicted ones where this machine is calibrated for what was run."""
+    from dataclasses import asdict
+
+    from memforge.cost.calibration import predict, read_calibration
+
+    machine = read_calibration()
+    known = machine is not None and machine.is_of_this_machine() and not checkpointed
+    predicted = predict(plan.model, report, machine, dense_values=plan.run.dense_values) if known else None
+    phases = {"forward_and_backward": times.forward_and_backward, "update": times.update, "total": times.total}
+    return {
+        name: {**asdict(spread), "predicted": getattr(predicted, name) if predicted else None}
+        for name, spread in phases.items()
+    }
 
 
 def _compared(plan: Any, other: Any, tolerance: list[str] | None, seq_len: int) -> Any:
@@ -134,7 +229,7 @@ def _compared(plan: Any, other: Any, tolerance: list[str] | None, seq_len: int) 
 
 
 def _print_profile(
-    name: str, cost: dict[str, Any], parity: dict[str, Any] | None, measured: dict[str, Any] | None
+    name: str, cost: dict[str, Any], verdicts: list[dict[str, Any]], measured: dict[str, Any] | None
 ) -> None:
     from memforge.report import cost as tables
 
@@ -155,9 +250,15 @@ def _print_profile(
     ]
     if cost["mesh"] is not None:
         shown.append(tables.mesh_table(cost["mesh"]))
-    if parity is not None:
-        shown.append(tables.parity_table(parity))
-    tables.show_tables(shown, cost, parity)
+    if measured is not None:
+        shown.append(tables.time_table(measured))
+    for verdict in verdicts:
+        shown.append(tables.parity_table(verdict))
+        if verdict["swaps"]:
+            shown.append(tables.swap_table(verdict))
+    if len(verdicts) > 1:
+        shown.append(tables.comparison_table(name, verdicts))
+    tables.show_tables(shown, cost, verdicts)
     page.print()
     for line in tables.conventions():
         page.print(line, style="dim", soft_wrap=True)

@@ -95,7 +95,7 @@ class CostReport:
             "params": Fraction(sum(row.numel for row in self.params)),
             "active_params": Fraction(sum(row.active for row in self.params)),
             "flops": Fraction(sum(self.flops()), self.tokens),
-            "bytes": Fraction(sum(row.active * BYTES_PER_ELEMENT[row.dtype] for row in self.params)),
+            "bytes": Fraction(_bytes_read(self.params)),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,9 +120,7 @@ class CostReport:
             "bytes_per_token": {
                 "read": axes["bytes"],
                 "written": sum(r.active * update_bytes(r.dtype)[1] for r in self.params),
-                "read_by_kind": {
-                    kind: sum(r.active * BYTES_PER_ELEMENT[r.dtype] for r in rows) for kind, rows in kinds.items()
-                },
+                "read_by_kind": {kind: _bytes_read(rows) for kind, rows in kinds.items()},
             },
             "bytes_per_batch": self._traffic(),
             "memory": self.memory.as_dict(),
@@ -154,6 +152,8 @@ class CostReport:
                 "path": path,
                 "params": sum(row.numel for row in rows),
                 "active_params": sum(row.active for row in rows),
+                "bytes_read": _bytes_read(rows),
+                "kind": rows[0].kind,
                 "rows": rows[0].shape[0],
                 "rows_per_token": rows[0].active // (rows[0].numel // rows[0].shape[0]),
                 "rows_touched": touched(rows[0], self.tokens),
@@ -189,6 +189,7 @@ class CostReport:
                 "idx": idx,
                 "params": sum(row.numel for row in inside),
                 "active_params": sum(row.active for row in inside),
+                "bytes_read": _bytes_read(inside),
                 "flops_per_token": self._flops_dict([r for p in paths for r in costs[p]], executed=False),
                 "blocks": [self._block_dict(p, params[p], costs[p], pools[p]) for p in paths],
             }
@@ -199,6 +200,7 @@ class CostReport:
             "kind": costs[0].kind,
             "params": sum(row.numel for row in params),
             "active_params": sum(row.active for row in params),
+            "bytes_read": _bytes_read(params),
             "reads": sorted(pools),
             "flops_per_token": self._flops_dict(costs, executed=False),
             "ops": {row.cost.op: self._flops_dict([row], executed=False) for row in costs},
@@ -278,6 +280,11 @@ def as_number(value: Fraction | int) -> int | float:
 def _flops(rows: Iterable[CostRow], *, executed: bool = False) -> tuple[int, int]:
     pairs = [(row.cost.forward, row.cost.backward) if executed else row.cost.counted for row in rows]
     return sum(f for f, _ in pairs), sum(b for _, b in pairs)
+
+
+def _bytes_read(rows: Iterable[ParamRow]) -> int:
+    """Bytes of parameters that one token reads."""
+    return sum(row.active * BYTES_PER_ELEMENT[row.dtype] for row in rows)
 
 
 def _by(rows: Iterable[Any], key: str) -> dict[str, list[Any]]:

@@ -188,7 +188,13 @@ class _Step:
     gradients: _Gradients
 
     def timeline(self, *, checkpointed: bool) -> Iterator[tuple[int, str]]:
-        """Bytes alive beside weights and optimizer state, and the phase, through one step."""
+        """Bytes alive beside weights and optimizer state, and the phase, through one step that is not the first."""
+        scratch = (part.scratch(self.batch, self.seq_len) for layer in self.plan.layers for part in layer.parts)
+        kept = max(block.kept for block in scratch)
+        for alive, phase in self._phases(checkpointed=checkpointed):
+            yield alive + kept, phase
+
+    def _phases(self, *, checkpointed: bool) -> Iterator[tuple[int, str]]:
         plan, n = self.plan, self.batch * self.seq_len
         stream, logits = FP32 * n * plan.dim, FP32 * n * plan.vocab_size
         tokens = 2 * INT64 * self.batch * (self.seq_len + 1)  # the window and the targets

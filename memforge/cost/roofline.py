@@ -22,7 +22,8 @@ def update_bytes(dtype: DType) -> tuple[int, int]:
 class Roofline:
     """Seconds of a step. `update` moves, of pools, the rows that the batch touches; `update_dense` all of them.
 
-    `by_kind` is forward and backward together, `memory_bound` the share of them that bandwidth limits.
+    `by_kind` is forward and backward together, `memory_bound` the share of them that bandwidth limits; `work` the FLOPs
+    and the bytes of each kind, forward and backward.
     """
 
     device: Device
@@ -31,6 +32,7 @@ class Roofline:
     update: float
     update_dense: float
     by_kind: dict[str, float]
+    work: dict[str, tuple[int, int]]
     memory_bound: float
 
     @property
@@ -42,6 +44,8 @@ class Roofline:
             "device": self.device.name,
             "dtype": self.device.dtype,
             "source": self.device.source,
+            "flops_per_second": self.device.flops_per_second,
+            "bytes_per_second": self.device.bytes_per_second,
             "memory_bytes": self.device.memory_bytes,
             "fits": peak <= self.device.memory_bytes,
             "fits_checkpointed": peak_checkpointed <= self.device.memory_bytes,
@@ -53,6 +57,7 @@ class Roofline:
                 "total": self.total,
             },
             "by_kind": self.by_kind,
+            "work": {kind: {"flops": flops, "bytes": moved} for kind, (flops, moved) in self.work.items()},
             "memory_bound": self.memory_bound,
         }
 
@@ -64,6 +69,7 @@ def roofline(costs: Iterable[tuple[str, OpCost]], updated: int, updated_dense: i
     """
     forward = backward = limited = 0.0
     by_kind: dict[str, float] = defaultdict(float)
+    work: dict[str, tuple[int, int]] = {}
     for kind, cost in costs:
         moved = cost.traffic
         weight_bytes = BYTES_PER_ELEMENT[moved.dtype or device.dtype]
@@ -76,7 +82,10 @@ def roofline(costs: Iterable[tuple[str, OpCost]], updated: int, updated_dense: i
             strict=True,
         ):
             computing = flops / device.flops_per_second
-            moving = (weights * weight_bytes + activations * other_bytes) / device.bytes_per_second
+            size = weights * weight_bytes + activations * other_bytes
+            moving = size / device.bytes_per_second
+            known = work.get(kind, (0, 0))
+            work[kind] = (known[0] + flops, known[1] + size)
             both.append(max(computing, moving))
             limited += moving if moving > computing else 0.0
         forward, backward = forward + both[0], backward + both[1]
@@ -88,5 +97,6 @@ def roofline(costs: Iterable[tuple[str, OpCost]], updated: int, updated_dense: i
         update=updated / device.bytes_per_second,
         update_dense=updated_dense / device.bytes_per_second,
         by_kind=dict(by_kind),
+        work=work,
         memory_bound=min(1.0, limited / (forward + backward)),
     )

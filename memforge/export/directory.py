@@ -21,12 +21,21 @@ from memforge.export.kernels import kernel_configs
 from memforge.parity import claimed, report_seq_len
 from memforge.plan import Plan
 from memforge.profile.counter import require_exact
+from memforge.report.cost import cost_record
+from memforge.report.html import profile_page
 from memforge.storage import file_sha256, replaced_directory, write_json
 from memforge.training.checkpoint import open_run
 
 FORMAT_VERSION = 1
 # The .pt2 files are zip archives in which torch writes its own identifiers; the rest is the same byte for byte.
-FILES = {"plan.json": True, "cost.json": True, "graph.py": True, "kernels.json": True, "model.pt2": False}
+FILES = {
+    "plan.json": True,
+    "cost.json": True,
+    "report.html": True,
+    "graph.py": True,
+    "kernels.json": True,
+    "model.pt2": False,
+}
 ATEN = {"model.aten.pt2": False}
 
 
@@ -64,7 +73,9 @@ def write_build(
     program = export_graph(plan.model)
     with replaced_directory(out) as directory:
         (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        write_json(directory / "cost.json", cost.as_dict() | {"parity": parity.as_dict() if parity else None})
+        record = cost_record(plan.name, cost.as_dict(), [parity] if parity else [])
+        write_json(directory / "cost.json", record)
+        (directory / "report.html").write_text(profile_page(record), encoding="utf-8")
         write_json(directory / "kernels.json", {"kernels": kernels})
         (directory / "graph.py").write_text(readable(program, plan.name), encoding="utf-8")
         (directory / "model.pt2").write_bytes(pt2_bytes(program))

@@ -1,15 +1,18 @@
-"""Real training steps on a CPU, with the memory they take counted in three ways, each over steps of its own.
+"""Real training steps on a CPU: the time they take, and their memory counted in three ways, over steps of their own.
 
-They run in a process of their own, so that what the process holds (RSS) is theirs alone.
+They run in processes of their own, so that what a process holds (RSS) is theirs alone and nothing else is timed.
 """
 
 import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -17,12 +20,14 @@ from torch.profiler import profile
 
 from memforge.build import build_model
 from memforge.errors import DeviceError
+from memforge.machine import keep_memory
 from memforge.plan import Plan, TrainPlan, plan_from_json
 from memforge.profile.live import LiveStorage, kept_bytes
 from memforge.training.optimizer import Stepper
 
 # What is measured does not depend on the rates.
 RATES = {"steps": 1, "learning_rate": 1e-4, "value_learning_rate": 1e-4}
+WARM_UP, LEAST_STEPS, MOST_STEPS, ENOUGH_SECONDS = 3, 5, 40, 8.0
 # The profiler reports its own start and stop, and blocks that were allocated before, on stderr.
 QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
@@ -44,9 +49,40 @@ class MeasuredStep:
     process: int
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Seconds: the median of the steps, and the middle 60% of them."""
+
+    p20: float
+    median: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class MeasuredTime:
+    """Seconds of the phases of a step, over `steps` of them after a warm-up."""
+
+    steps: int
+    forward_and_backward: Spread
+    update: Spread
+    total: Spread
+
+
 def measure_step(plan: Plan, batch: int, seq_len: int, *, checkpoint_layers: bool = False) -> MeasuredStep:
     """Train the plan's model for a few steps of eager fp32 on a CPU. Raises DeviceError when that fails."""
-    request = {"plan": plan.to_json(), "batch": batch, "seq_len": seq_len, "checkpoint_layers": checkpoint_layers}
+    return MeasuredStep(**_in_process("memory", plan, batch, seq_len, checkpoint_layers))
+
+
+def time_step(plan: Plan, batch: int, seq_len: int, *, checkpoint_layers: bool = False) -> MeasuredTime:
+    """The same for the time of steps on random tokens."""
+    found = _in_process("time", plan, batch, seq_len, checkpoint_layers)
+    spreads = {name: Spread(*found[name]) for name in ("forward_and_backward", "update", "total")}
+    return MeasuredTime(steps=found["steps"], **spreads)
+
+
+def _in_process(what: str, plan: Plan, batch: int, seq_len: int, checkpoint_layers: bool) -> dict[str, Any]:
+    shape = {"batch": batch, "seq_len": seq_len, "checkpoint_layers": checkpoint_layers}
+    request = {"what": what, "plan": plan.to_json(), **shape}
     done = subprocess.run(
         [sys.executable, "-m", "memforge.profile.measure"],
         input=json.dumps(request),
@@ -58,11 +94,12 @@ def measure_step(plan: Plan, batch: int, seq_len: int, *, checkpoint_layers: boo
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2] or f"the process ended with {done.returncode}"
         raise DeviceError(f"{plan.name}: the step could not be measured: {reason}")
-    return MeasuredStep(**json.loads(done.stdout))
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 class _Steps:
-    """A model, its optimizer, and training steps on zeros."""
+    """A model, its optimizer, and training steps, on zeros unless other windows are given."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         plan = plan_from_json(request["plan"], "the request")
@@ -112,8 +149,35 @@ def _allocated(steps: _Steps) -> int:
     return max(totals[sizes.index(12_345) :]) - 12_345
 
 
+def _times(request: dict[str, Any]) -> dict[str, Any]:
+    steps, phases = _Steps(request), list[tuple[float, float, float]]()
+    windows = torch.Generator().manual_seed(0)
+    begin = time.perf_counter()
+    while len(phases) < WARM_UP + LEAST_STEPS or (
+        len(phases) < MOST_STEPS and time.perf_counter() - begin < ENOUGH_SECONDS
+    ):
+        window = torch.randint(steps.plan.vocab_size, steps.shape, generator=windows)
+        start = time.perf_counter()
+        _, norm = steps.stepper.backward(window)
+        middle = time.perf_counter()
+        steps.stepper.update(norm, 1.0)
+        end = time.perf_counter()
+        phases.append((middle - start, end - middle, end - start))
+    measured = phases[WARM_UP:]
+    spreads = [quantiles(times, n=5, method="inclusive") for times in zip(*measured, strict=True)]
+    middles = [median(times) for times in zip(*measured, strict=True)]
+    names = ("forward_and_backward", "update", "total")
+    found = {name: (cuts[0], mid, cuts[-1]) for name, cuts, mid in zip(names, spreads, middles, strict=True)}
+    return {"steps": len(measured), **found}
+
+
 def _main() -> None:
+    keep_memory()
     request = json.load(sys.stdin)
+    json.dump(_times(request) if request["what"] == "time" else _memory(request), sys.stdout)
+
+
+def _memory(request: dict[str, Any]) -> dict[str, Any]:
     before = _held("VmRSS")
     steps = _Steps(request)
     steps.step()
@@ -122,8 +186,10 @@ def _main() -> None:
     tracked = _tracked(steps)
     kept = kept_bytes(steps.model, request["batch"], request["seq_len"])
     del steps.model, steps.stepper
-    measured = MeasuredStep(activations=kept, peak=_allocated(steps), peak_tracked=tracked, process=process)
-    json.dump(asdict(measured), sys.stdout)
+    with ThreadPoolExecutor(1) as fresh:  # the room that kernels keep for each thread is not there yet and counts
+        peak = fresh.submit(_allocated, steps).result()
+    measured = MeasuredStep(activations=kept, peak=peak, peak_tracked=tracked, process=process)
+    return asdict(measured)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The ledger and the parity verdict as tables."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -107,6 +107,27 @@ def parity_table(parity: dict[str, Any]) -> Table:
     return table
 
 
+def swap_table(parity: dict[str, Any]) -> Table:
+    """Blocks that stand where the baseline has others: forward and backward FLOPs per token of both."""
+    columns = ("layers", "this", "forward", "backward", "baseline", "forward", "backward", "forward ratio", "both")
+    table = titled_table(f"Blocks in the place of those of {parity['against']}", columns)
+    for swap in parity["swaps"]:
+        (f, f0), (b, b0) = swap["forward"], swap["backward"]
+        ratios = (f"{x / y:.3f}" if y else "" for x, y in ((f, f0), (f + b, f0 + b0)))
+        kinds = swap["kinds"]
+        table.add_row(ranges(swap["layers"]), kinds[0], si(f), si(b), kinds[1], si(f0), si(b0), *ratios)
+    return table
+
+
+def comparison_table(name: str, verdicts: Sequence[dict[str, Any]]) -> Table:
+    """A model beside several baselines: each axis as it is, and as a ratio to each of them."""
+    table = titled_table(f"{name} beside each", ("axis", "this", *(verdict["against"] for verdict in verdicts)))
+    for axis, own in verdicts[0]["axes"].items():
+        ratios = (f"{verdict['axes'][axis]['ratio']:.4f}" for verdict in verdicts)
+        table.add_row(axis, f"{own['value']:,}", *ratios)
+    return table
+
+
 def memory_table(cost: dict[str, Any], measured: dict[str, Any] | None = None) -> Table:
     """Bytes of a training step, with and without activation checkpointing, beside what was measured."""
     memory = cost["memory"]
@@ -135,6 +156,23 @@ def memory_table(cost: dict[str, Any], measured: dict[str, Any] | None = None) -
         table.add_row("peak, storage by storage", "", "", _beside(measured["peak_tracked"], predicted("peak")))
         table.add_row("process (RSS)", "", "", si(measured["process"], "B"))
     table.add_row("saved file", si(memory["checkpoint"], "B"), "")
+    return table
+
+
+def time_table(measured: dict[str, Any]) -> Table:
+    """Milliseconds of a training step, with its phases, beside what the calibrated machine would take."""
+    title = f"Time of a training step on {measured['device']}, {measured['steps']} steps"
+    table = titled_table(title, ("milliseconds", "median", "20%", "80%", "predicted", "measured / predicted"))
+    for phase, found in measured["seconds"].items():
+        cells = [milliseconds(found[key]) for key in ("median", "p20", "p80")]
+        if found["predicted"] is not None:
+            cells += [milliseconds(found["predicted"]), f"{found['median'] / found['predicted']:.3f}"]
+        table.add_row(phase.replace("_", " "), *cells)
+    if measured["seconds"]["total"]["predicted"] is None:
+        table.caption, table.caption_justify = (
+            "no prediction: memforge doctor --calibrate measures this machine",
+            "left",
+        )
     return table
 
 
@@ -168,14 +206,15 @@ def roofline_table(cost: dict[str, Any]) -> Table:
         phases = ("forward", "backward", "update", "total", "update_dense")
         table.add_row(
             f"{line['device']} {line['dtype']}",
-            *(_milliseconds(seconds[phase]) for phase in phases),
+            *(milliseconds(seconds[phase]) for phase in phases),
             f"{line['memory_bound']:.0%}",
             "yes" if line["fits"] else "checkpointing" if line["fits_checkpointed"] else "no",
         )
     return table
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Milliseconds with four digits."""
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
@@ -198,18 +237,19 @@ def conventions() -> list[str]:
     return [*CONVENTIONS, f"excluded: {', '.join(EXCLUDED)}"]
 
 
-def show_tables(tables: Iterable[Table], cost: dict[str, Any], parity: dict[str, Any] | None = None) -> None:
-    """Tables with a blank line between them, then what every report must say about the model and its baseline."""
+def show_tables(tables: Iterable[Table], cost: dict[str, Any], verdicts: Sequence[dict[str, Any]] = ()) -> None:
+    """Tables with a blank line between them, then what every report must say about the model and its baselines."""
     page = console()
     for i, table in enumerate(tables):
         if i:
             page.print()
         print_whole(page, table)
-    for caveat in [*cost["caveats"], *(parity["caveats"] if parity else ())]:
+    for caveat in dict.fromkeys([*cost["caveats"], *(c for verdict in verdicts for c in verdict["caveats"])]):
         plain(f"\nnote: {caveat}")
 
 
-def cost_record(name: str, cost: dict[str, Any], parity: Parity | None) -> dict[str, Any]:
-    """The ledger and the verdict as one JSON document."""
-    head = {"memforge": __version__, "name": name}
-    return {**head, **cost, "parity": None if parity is None else parity.as_dict()}
+def cost_record(name: str, cost: dict[str, Any], verdicts: Sequence[Parity]) -> dict[str, Any]:
+    """The ledger and the verdicts as one JSON document; `parity` is the first of `comparisons`."""
+    comparisons = [verdict.as_dict() for verdict in verdicts]
+    parity = comparisons[0] if comparisons else None
+    return {"memforge": __version__, "name": name, **cost, "parity": parity, "comparisons": comparisons}

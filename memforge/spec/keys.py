@@ -48,7 +48,7 @@ def find_key(spec: Spec, name: str, option: str) -> Key:
 
 def known_keys(spec: Spec) -> dict[str, tuple[KeyPath, ...]]:
     """Every name, with its places: each key of the spec, defaults included, and KIND.FIELD for the tables of a kind."""
-    found: dict[str, tuple[KeyPath, ...]] = {dotted(path): (path,) for path in _leaves(spec, ())}
+    found: dict[str, tuple[KeyPath, ...]] = {dotted(path): (path,) for path in leaves(spec)}
     for path, table in tables(spec):
         if isinstance(table, KindSpec):
             for field, _ in _items(table):
@@ -68,6 +68,11 @@ def _tables(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, BaseModel]]:
         yield path, value
     for name, inner in _items(value):
         yield from _tables(inner, (*path, name))
+
+
+def leaves(spec: Spec) -> Iterator[KeyPath]:
+    """Every key, defaults included; an array of values is one key, the rules of [[place]] are not."""
+    yield from _leaves(spec, ())
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:

@@ -18,7 +18,7 @@ from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.cost.memory import step_memory
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
-from memforge.machine import require_memory
+from memforge.machine import keep_memory, require_memory
 from memforge.nn.decoder import Decoder
 from memforge.plan import Plan, TrainPlan
 from memforge.storage import storage_errors
@@ -66,6 +66,7 @@ def train(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available; use --device cpu")
     _require_memory(plan, run, device)
+    keep_memory()
     with _new_run(run_dir, overwrite=overwrite) as started, StopSignal() as stop, _deterministic():
         with storage_errors(run_dir):
             (run_dir / files.PLAN).write_text(plan.to_json(), encoding="utf-8")

@@ -154,7 +154,16 @@ class AttentionPlan(KindPlan):
             matmul_cost("wq", n, self.dim, q_dim),
             matmul_cost("wk", n, self.dim, kv_dim),
             matmul_cost("wv", n, self.dim, kv_dim),
-            OpCost("attention", scores, 2 * scores, needed, 2 * needed, Traffic(0, moved, 0, 2 * moved)),
+            OpCost(
+                "attention",
+                scores,
+                2 * scores,
+                needed,
+                2 * needed,
+                Traffic(0, moved, 0, 2 * moved),
+                engine="attention",
+                shape=(batch, seq_len, self.num_heads, self.head_dim),
+            ),
             matmul_cost("wo", n, q_dim, self.dim),
         )
 

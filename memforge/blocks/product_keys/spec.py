@@ -31,7 +31,7 @@ SubKeys = Annotated[int, Field(ge=1, le=2**16)]
 
 
 # What memforge_kernels.product_key_topk.cpu holds of them.
-SCORES_AT_A_TIME = 2**21
+SCORES_AT_A_TIME = 2**22
 
 
 class ProductKeyPoolSpec(KindSpec):
@@ -152,7 +152,14 @@ class ProductKeyPlan(KindPlan):
         moved = Traffic(h * s * q, n * h * q + chosen, 2 * h * s * q, 2 * n * h * q + n * h * k * q + chosen)
         return (
             matmul_cost("query", n, self.dim, h * q),
-            OpCost("product_key_topk", 2 * n * h * s * q, 4 * n * h * k * q, traffic=moved),
+            OpCost(
+                "product_key_topk",
+                2 * n * h * s * q,
+                4 * n * h * k * q,
+                traffic=moved,
+                engine="scoring",
+                shape=(n, h, s, q, k),
+            ),
         )
 
     def key_saved(self, n: int) -> tuple[Saved, ...]:
@@ -166,10 +173,11 @@ class ProductKeyPlan(KindPlan):
         return (*norms, Saved("queries", n * h * q), Saved("slots", n * h * k, "int64"), Saved("weights", n * h * k))
 
     def read_scratch(self, n: int) -> Scratch:
-        """Forward: the best of both halves, scores and slots, the scores of a few tokens, and those that were chosen.
+        """Forward: the best of both halves, scores and slots, those that were chosen. The room for the scores of some
+        tokens is kept.
 
         Backward: the gradients of weights and scores, and of the queries.
         """
         h, s, q, k = self.num_heads, self.num_sub_keys, self.key_dim, self.top_k
         reads, scores = n * h * k, min(n * 2 * h * s, SCORES_AT_A_TIME)
-        return Scratch(2 * reads * 12 + scores * 4 + reads * 4, reads * (4 + 4) + n * h * q * 4)
+        return Scratch(2 * reads * 12 + reads * 4, reads * (4 + 4) + n * h * q * 4, kept=scores * 4)

@@ -1,6 +1,5 @@
 """A byte-level BPE trained on the corpus, kept under the hash of what it was trained on."""
 
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from memforge.storage import cache_dir
 from memforge.training.data.corpus import digest
 
 END = "<|end|>"
@@ -16,7 +16,7 @@ END_ID = 0
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """A tokenizer of at most `vocab_size` tokens; token 0 separates documents. Reads and fills the cache."""
-    file = _cache_dir() / f"{digest([tokenizers.__version__, str(vocab_size), *texts])}.json"
+    file = cache_dir() / "tokenizers" / f"{digest([tokenizers.__version__, str(vocab_size), *texts])}.json"
     if (cached := _cached(file)) is not None:
         return cached
     tokenizer = _trained(texts, vocab_size)
@@ -47,11 +47,6 @@ def _trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "memforge" / "tokenizers"
 
 
 def _keep(file: Path, text: str) -> None:
