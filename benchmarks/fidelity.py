@@ -39,8 +39,8 @@ HEAD = """\
 Written by `python benchmarks/fidelity.py` with
 {versions}.
 
-Forward FLOPs of one batch of {batch} x {seq_len} tokens, a multiply-add being 2, and their ratio to what the ledger says
-is executed. Counters that speak of multiply-adds are doubled.
+Forward FLOPs of one batch of {batch} x {seq_len} tokens, a multiply-add being 2, and their ratio to what the ledger
+says is executed. Counters that speak of multiply-adds are doubled.
 
 """
 NOTES = """\

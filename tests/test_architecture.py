@@ -15,12 +15,13 @@ STAGES = (
     ("memforge.plan",),
     ("memforge.cost",),
     ("memforge.parity",),
+    ("memforge.match", "memforge.explain", "memforge.diff", "memforge.doctor"),
+    ("memforge.report",),
     ("memforge.nn",),
     ("memforge.build",),
     ("memforge.training",),
     ("memforge.profile",),
     ("memforge.export",),
-    ("memforge.report",),
     ("memforge.cli", "memforge.__main__"),
 )
 FILES = sorted((REPO / "memforge").rglob("*.py"))
