@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 from memforge.cost import CostReport, estimate
+from memforge.match import parse_free, solve
 from memforge.plan import ModelPlan, make_plan
 from memforge.spec import load_spec
 
@@ -62,6 +63,16 @@ Forward matmul MFLOP per token (4 heads, 32 slots each, keys half as wide as the
 square root of the slots, so that a layer with enough of them costs more than its FFN.
 
 {layers}
+## How the paper chose its experts
+
+It compares MoE, PEER and Memory+ of about the same size, an MoE having one expert of full size at work. What
+`memforge match --axis params` finds nearest, beside what the paper has:
+
+{choices}
+Neither rule gives all of its expert counts: full-size experts come in steps of 6 to 23% of a model, and at 373m and
+720m the paper takes more than either. PEER with 768 sub-keys per half has 12% more rows than would match: a row is two
+vectors there, so that 724 sub-keys weigh what 1,024 do in a Memory+ pool.
+
 A counter that charges 6 FLOPs for every parameter would add {naive:.2f} GFLOP per token for the pool of
 memory-plus-373m, whose whole step takes {step:.2f}.
 """
@@ -139,12 +150,36 @@ def layer_rows() -> list[tuple[str, ...]]:
     return rows
 
 
+# Of each size, the experts of the paper's MoE.
+EXPERTS = {"134m": 16, "373m": 8, "720m": 6, "1.3b": 4}
+
+
+def choice_rows() -> list[tuple[str, ...]]:
+    """The experts, or sub-keys, at which parameters come nearest to those of another model, and the ratio there."""
+    to = ("MoE to Memory+", "MoE to PEER", "PEER to Memory+")
+    rows = [("size", "experts in the paper", *(cell for pair in to for cell in (pair, "ratio")))]
+    for size, experts in EXPERTS.items():
+        cells = [size, str(experts)]
+        for name, baseline, key in (
+            ("moe", "memory-plus", "moe.num_experts"),
+            ("moe", "peer", "moe.num_experts"),
+            ("peer", "memory-plus", "peer.num_sub_keys"),
+        ):
+            spec, plan = load_spec(PAPER / f"{name}-{size}.toml"), report_of(f"{baseline}-{size}")[0]
+            best = solve(spec, baseline, plan, [parse_free(spec, key)], {"params": 0.005}, 4096).best
+            ratio = next(axis.ratio for axis in best.axes if axis.name == "params")
+            cells += [str(best.values[0]), f"{ratio:.3f}"]
+        rows.append(tuple(cells))
+    return rows
+
+
 def page() -> str:
     plan, report = report_of("memory-plus-373m")
     return PAGE.format(
         models=table(model_rows()),
         differences="".join(f"- `{name}`: {why}.\n" for name, why in DISAGREES.items()),
         layers=table(layer_rows()),
+        choices=table(choice_rows()),
         naive=6 * sum(row.numel for row in plan.params if row.group == "values") / 1e9,
         step=sum(report.flops()) / report.tokens / 1e9,
     )

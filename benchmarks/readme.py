@@ -1,4 +1,4 @@
-"""Run the commands whose output the README shows, and write their real output into it."""
+"""Run the commands whose output the README and docs/profile.md show, and write their real output into them."""
 
 import re
 import shlex
@@ -8,13 +8,14 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
+PAGES = (REPO / "README.md", REPO / "docs" / "profile.md")
 
 
 def output_of(command: str, directory: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", *shlex.split(command)], cwd=directory, capture_output=True, text=True, check=False
     )
-    assert done.returncode in (0, 2), done.stderr
+    assert done.returncode in (0, 1, 2), done.stderr
     return "".join(line.rstrip() + "\n" for line in (done.stdout + done.stderr).splitlines())
 
 
@@ -32,20 +33,18 @@ def title_of(section: str) -> tuple[str, ...]:
 
 
 def main() -> None:
-    readme = REPO / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    spec = re.search(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    spec = re.search(r"^```toml\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert spec is not None
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "specs").symlink_to(REPO / "specs")
         typo = spec[1].replace("num_heads = 4\n", "num_head = 4\n").replace("top_k = 16", "top_k = 128")
         (directory / "typo.toml").write_text(typo, encoding="utf-8")
-        shown = re.compile(
-            r"^(```console\n\$ (memforge (?:profile|check) [^\n]+)\n)(?!\$)(.*?)^```", re.DOTALL | re.MULTILINE
-        )
-        text = shown.sub(lambda m: m[1] + refreshed(m[3], output_of(m[2], directory)) + "```", text)
-    readme.write_text(text, encoding="utf-8")
+        shown = re.compile(r"^(```console\n\$ (memforge [^\n]+)\n)(?!\$)(.*?)^```", re.DOTALL | re.MULTILINE)
+        for page in PAGES:
+            text = page.read_text(encoding="utf-8")
+            fresh = shown.sub(lambda m: m[1] + refreshed(m[3], output_of(m[2], directory)) + "```", text)
+            page.write_text(fresh, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
     items = list(_items(value)) if is_table else []
     for name, inner in items:
         yield from _leaves(inner, (*path, name))
-    if not items and path:
+    if not is_table and path:
         yield path
 
 
