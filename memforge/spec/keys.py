@@ -76,7 +76,7 @@ def leaves(spec: Spec) -> Iterator[KeyPath]:
 
 
 def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
-    is_table = isinstance(value, BaseModel) or path == ("place",) or path[:1] == ("pool",)
+    is_table = isinstance(value, BaseModel) or path in (("place",), ("pool",))
     items = list(_items(value)) if is_table else []
     for name, inner in items:
         yield from _leaves(inner, (*path, name))
