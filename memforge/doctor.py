@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "pydantic", "rich", "typer", "t
 EXTRAS = ("transformers", "tensorboard", "torch-tb-profiler", "product-key-memory")
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "CXX", "CUDA_VISIBLE_DEVICES", "NO_COLOR")
 SETTINGS += ("MEMFORGE_CHECKED", "MEMFORGE_TRACEBACK")
+
+# What __main__ sets.
+OURS = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 
 Section = Literal["versions", "machine", "devices", "compilers", "caches", "settings", "uses"]
 
@@ -42,7 +46,8 @@ def findings() -> Iterator[Finding]:
     yield from _compilers()
     yield from _caches()
     for name in SETTINGS:
-        yield Finding("settings", name, os.environ.get(name, "not set"))
+        ours = " (memforge's own, where nothing else was set)" if os.environ.get(name) == OURS.get(name, ...) else ""
+        yield Finding("settings", name, os.environ.get(name, "not set") + ours)
     yield from _uses([device for device in devices if not device.broken])
 
 
@@ -94,10 +99,16 @@ def _devices() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    for name, what in ((os.environ.get("CXX", "g++"), "C++"), (os.environ.get("CC", "gcc"), "C")):
-        yield Finding("compilers", what, shutil.which(name) or f"{name} not found")
+    for name, what in (("CXX", "C++"), ("CC", "C")):
+        yield Finding("compilers", what, _compiler(name) or f"{os.environ.get(name, 'g++ or gcc')} not found")
     ptxas = _ptxas()
     yield Finding("compilers", "ptxas", str(ptxas) if ptxas else "not found: Triton has none for this platform")
+
+
+def _compiler(variable: str) -> str | None:
+    """Where the program is that an environment variable names, or by default g++ or gcc."""
+    words = shlex.split(os.environ.get(variable, "")) or ["g++" if variable == "CXX" else "gcc"]
+    return shutil.which(words[0])
 
 
 def _ptxas() -> Path | None:
@@ -131,7 +142,7 @@ def _uses(devices: list[Finding]) -> Iterator[Finding]:
     elif any(device.name == "cpu" for device in devices):
         yield Finding("uses", "device", "cpu, since torch sees no CUDA device")
         yield Finding("uses", "kernels", "those of the CPU, compiled by numba at their first call")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = _compiler("CXX")
     why = f"since {compiler} is there" if compiler else "off, since there is no C++ compiler"
     yield Finding("uses", "torch.compile", f"for runs that are long enough, {why}" if compiler else why)
     from memforge.cost.calibration import calibration_file, read_calibration

@@ -11,7 +11,7 @@ from memforge.cost import AXES, as_number, estimate
 from memforge.errors import KeyPath, SpecError, dotted
 from memforge.plan import ModelPlan, make_model_plan
 from memforge.spec import Spec, with_values
-from memforge.spec.keys import find_key, value_of
+from memforge.spec.keys import field_of, find_key, value_of
 
 OPTION = "KEY"
 # What a number of each name counts; plug-ins may add fields that are not here.
@@ -36,15 +36,19 @@ REAL_STEP = 1.01
 
 @dataclass(frozen=True)
 class Effect:
-    """The model with another value: each axis of the ledger, as it is and as it would be."""
+    """The model with another value at some places: each axis of the ledger, as it is and as it would be."""
 
+    place: str
     value: Any
     axes: dict[str, tuple[int | float, int | float]]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """`places`: each place of the key with its value and origin; `depends`: parameters and ops that follow it."""
+    """`places`: each place of the key with its value and origin; `parameters` and `ops`: those that follow it.
+
+    `of_model`: whether it is about the model at all, and not data, training or a claim.
+    """
 
     key: str
     meaning: str
@@ -52,6 +56,7 @@ class Explanation:
     unit: str | None
     places: tuple[tuple[str, Any, str], ...]
     effects: tuple[Effect, ...]
+    of_model: bool
     parameters: tuple[str, ...]
     ops: tuple[str, ...]
 
@@ -60,18 +65,24 @@ def explain(spec: Spec, name: str, seq_len: int) -> Explanation:
     """Everything about the key called `name`. Raises SpecError, positioned in the name, where there is none."""
     key = find_key(spec, name, OPTION)
     place = key.places[0]
-    field = _field(spec, place)
+    field = field_of(spec, place)
     now = make_model_plan(spec)
     effects, parameters, ops = [], set[str](), set[str]()
-    for value in _steps(value_of(spec, place), field):
-        try:
-            changed = make_model_plan(with_values(spec, dict.fromkeys(key.places, value)))
-        except SpecError:
-            continue
-        if not effects or isinstance(value, str | bool):
-            effects.append(Effect(value, _axes(now, changed, seq_len)))
-            parameters |= _parameters(now, changed)
-            ops |= _ops(now, changed, seq_len)
+    values = key.values(spec)
+    # Places of one value change together, others one by one.
+    groups = [key.places] if all(value == values[0] for value in values) else [(p,) for p in key.places]
+    for places in groups:
+        tried = 0
+        for value in _steps(value_of(spec, places[0]), field):
+            try:
+                changed = make_model_plan(with_values(spec, dict.fromkeys(places, value)))
+            except SpecError:
+                continue
+            if not tried or isinstance(value, str | bool):
+                effects.append(Effect(", ".join(map(dotted, places)), value, _axes(now, changed, seq_len)))
+                parameters |= _parameters(now, changed)
+                ops |= _ops(now, changed, seq_len)
+            tried += 1
     return Explanation(
         key=key.name,
         meaning=(field.description if field else None) or "",
@@ -79,6 +90,7 @@ def explain(spec: Spec, name: str, seq_len: int) -> Explanation:
         unit=UNITS.get(str(place[-1])) if _is_number(field) else None,
         places=tuple((dotted(p), _plain(value_of(spec, p)), origin(spec, p)) for p in key.places),
         effects=tuple(effects),
+        of_model=place[0] not in ("data", "train", "eval", "parity"),
         parameters=_folded(parameters),
         ops=_folded(ops),
     )
@@ -107,12 +119,6 @@ def _given(values: Any, path: KeyPath) -> bool:
         except (KeyError, IndexError, TypeError):
             return False
     return True
-
-
-def _field(spec: Spec, path: KeyPath) -> FieldInfo | None:
-    table = value_of(spec, path[:-1])
-    fields = getattr(type(table), "model_fields", {})
-    return next((field for name, field in fields.items() if (field.alias or name) == path[-1]), None)
 
 
 def _steps(value: Any, field: FieldInfo | None) -> Iterator[Any]:
@@ -162,19 +168,18 @@ def _axes(now: ModelPlan, changed: ModelPlan, seq_len: int) -> dict[str, tuple[i
 
 def _parameters(now: ModelPlan, changed: ModelPlan) -> set[str]:
     """Parameters that one of the plans has and the other has not, or not in this shape, type or start."""
-    before, after = ({row.path: row for row in plan.params} for plan in (now, changed))
+    before, after = ({row.path: (row.shape, row.dtype, row.init) for row in plan.params} for plan in (now, changed))
     return {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
 
 
 def _ops(now: ModelPlan, changed: ModelPlan, seq_len: int) -> set[str]:
+    length = min(seq_len, now.max_seq_len, changed.max_seq_len)
     before, after = (
         {
-            f"{part.path}.{cost.op}": cost
-            for layer in plan.layers
-            for part in layer.parts
-            for cost in part.costs(1, length)
+            f"{row.path}.{row.cost.op}".replace("head.head", "head"): row.cost
+            for row in estimate(plan, seq_len=length, devices=()).rows
         }
-        for plan, length in ((p, min(seq_len, now.max_seq_len, changed.max_seq_len)) for p in (now, changed))
+        for plan in (now, changed)
     )
     return {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
 

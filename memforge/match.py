@@ -19,7 +19,7 @@ from memforge.parity import Axis
 from memforge.plan import ModelPlan, make_model_plan
 from memforge.spec import Spec, with_values
 from memforge.spec.document import Source
-from memforge.spec.keys import Key, find_key, known_keys, value_of
+from memforge.spec.keys import Key, field_of, find_key, known_keys, value_of
 
 OPTION = "--free"
 MAX_FREE = 3
@@ -33,10 +33,12 @@ KEPT, HALVINGS = 4, 21
 # Candidates that are priced exactly in a round, and rounds: where an axis is not a polynomial, the next one is fitted
 # around what the last one found.
 PRICED, ROUNDS = 16, 3
-# Keys that a suggestion looks at, alone and in pairs.
-SUGGESTED = 3
+# Layers that a suggestion prices: about a second's worth.
+SUGGESTED_LAYERS = 2_500
 # Points that the spec refuses before the next valid one is given up on.
 REFUSED = 256
+# Points whose validity is looked at in a round of the search, at 0.1 ms each.
+CHECKED = 4096
 
 # The value of each free key, in their order.
 Point = tuple[int, ...]
@@ -72,8 +74,9 @@ class Free:
         """At most about `count` values over the range, closer together where they are small."""
         if self.count <= count:
             return list(range(self.first, self.high + 1, self.step))
-        ratio = (self.high / self.first) ** (1 / (count - 1))
-        return sorted({self.nearest(self.first * ratio**i) for i in range(count)})
+        lowest = max(self.first, self.step)
+        ratio = (self.high / lowest) ** (1 / (count - 1))
+        return sorted({self.first, *(self.nearest(lowest * ratio**i) for i in range(count))})
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,17 @@ def parse_free(spec: Spec, text: str, multiple_of: int = 1) -> Free:
         raise _at(text, 0, f"`{printable(key.name)}` has several values: {shown}", "name one of them")
     lowest, highest = _bounds(spec, key)
     current = values[0]
+    low, high = current // REACH, max(current, 1) * REACH
     if equals:
-        low, dots, high = bounds.partition("..")
-        if not (dots and low.strip().isdecimal() and high.strip().isdecimal() and int(low) <= int(high)):
-            raise _at(text, len(name) + 1, f"expected KEY=LOW..HIGH, got {printable(bounds) or 'nothing'}")
-        low_value, high_value = max(lowest, int(low)), min(highest, int(high))
-    else:
-        low_value, high_value = max(lowest, current // REACH, 1), min(highest, max(current, 1) * REACH)
-    free = Free(key, low_value, high_value, multiple_of, current)
+        given = [part.strip() for part in bounds.split("..")]
+        if len(given) != 2 or not all(part.isdecimal() and len(part) <= 12 for part in given):
+            raise _at(text, len(name) + 1, f"expected KEY=LOW..HIGH, got {printable(bounds[:40]) or 'nothing'}")
+        low, high = int(given[0]), int(given[1])
+    free = Free(key, max(lowest, low), min(highest, high), multiple_of, current)
     if free.count < 1:
-        raise _at(text, 0, f"no multiple of {multiple_of} from {low_value:,} to {high_value:,} is allowed here")
+        allowed = f"{lowest:,} to {highest:,}"
+        multiples = f" in multiples of {multiple_of}" if multiple_of > 1 else ""
+        raise _at(text, 0, f"nothing to search from {low:,} to {high:,}{multiples}: allowed are {allowed}")
     return free
 
 
@@ -139,6 +143,9 @@ def solve(
     free: Sequence[Free],
     tolerances: Mapping[str, float],
     seq_len: int,
+    *,
+    priced: int = PRICED,
+    rounds: int = ROUNDS,
 ) -> Match:
     """Values of the free keys that bring every axis of `tolerances` closest to the baseline's, at `seq_len` tokens.
 
@@ -150,17 +157,19 @@ def solve(
     places = [place for f in free for place in f.key.places]
     if len(set(places)) < len(places):
         raise UsageError(f"{OPTION}: {', '.join(f.key.name for f in free)} name the same key more than once")
-    if seq_len > spec.model.max_seq_len:
-        raise UsageError(
-            f"{spec.model.name} takes at most {spec.model.max_seq_len} tokens (model.max_seq_len), not {seq_len}"
-        )
+    lengths = ((spec.model.name, spec.model.max_seq_len), (baseline_name, baseline.max_seq_len))
+    for who, longest in lengths:
+        if seq_len > longest:
+            raise UsageError(f"{who} takes at most {longest} tokens (model.max_seq_len), not {seq_len}")
     free = sorted(free, key=lambda f: f.count)  # the one with the most values is solved for
     ledger = _Ledger(spec, tuple(free), baseline, tolerances, seq_len)
     centre = tuple(f.current for f in free)
-    for _ in range(ROUNDS):
+    for number in range(rounds):
         known = len(ledger.priced)
         surfaces = _fit(ledger, centre)
-        for point in ledger.valid_of(_search(ledger, surfaces), PRICED):
+        if number == 0:
+            _require_effects(ledger, surfaces)
+        for point in ledger.valid_of(_search(ledger, surfaces), priced):
             ledger.price(point)
         ranked = ledger.ranked()
         if not ranked:
@@ -187,17 +196,25 @@ def changes(match: Match) -> dict[KeyPath, int]:
 
 def suggest(
     spec: Spec, baseline_name: str, baseline: ModelPlan, tolerances: Mapping[str, float], seq_len: int
-) -> Match | None:
-    """A match on one key or two, those that move the judged axes most; None where none of them leads to one."""
-    ranked = _by_influence(spec, tolerances, seq_len)[:SUGGESTED]
-    for names in (*((name,) for name in ranked), *combinations(ranked, 2)):
-        free = [parse_free(spec, name) for name in names]
+) -> list[str] | None:
+    """One or two keys on which the two match, those that move the judged axes most first; None where none do.
+
+    Nobody asked for it: it gives up rather than take seconds on a deep model.
+    """
+    ranked = _by_influence(spec, tolerances, seq_len)
+    left = SUGGESTED_LAYERS // spec.model.num_layers - len(ranked)
+    for names in (*((name,) for name in ranked), *combinations(ranked[:3], 2)):
+        if left <= 0:
+            return None
         try:
-            found = solve(spec, baseline_name, baseline, free, tolerances, seq_len)
+            free = [parse_free(spec, name) for name in names]
+            found = solve(spec, baseline_name, baseline, free, tolerances, seq_len, priced=2, rounds=1)
         except (SpecError, UsageError):
+            left -= 1
             continue
         if found.best.ok:
-            return found
+            return list(names)
+        left -= found.evaluations
     return None
 
 
@@ -210,6 +227,8 @@ def _by_influence(spec: Spec, tolerances: Mapping[str, float], seq_len: int) -> 
         table = value_of(spec, places[0][:-1])
         if not isinstance(table, KindSpec) or len(set(values)) > 1 or type(values[0]) is not int:
             continue
+        if len(influence) * spec.model.num_layers > SUGGESTED_LAYERS // 4:
+            break
         try:
             more = with_values(spec, dict.fromkeys(places, max(values[0] + 1, round(values[0] * 1.25 / 2) * 2)))
         except SpecError:
@@ -267,6 +286,22 @@ class _Ledger:
         looked_at = islice(points, count + REFUSED)
         return list(islice((point for point in looked_at if self.spec_at(point) is not None), count))
 
+    def valid_near(self, point: Point, i: int) -> Iterator[int]:
+        """The nearest values of key i, on both sides, at which the spec is valid with the others as in `point`."""
+        free = self.free[i]
+        for way in (1, -1):
+            steps = (point[i] + way * j * free.step for j in range(REFUSED))
+            inside = (v for v in steps if free.first <= v <= free.high)
+            found = (v for v in inside if self.spec_at((*point[:i], v, *point[i + 1 :])) is not None)
+            yield from islice(found, 1)
+
+    def valid_around(self, point: Point, i: int) -> Iterator[int]:
+        """Values of key i at which the spec is valid with the others as in `point`: twice and half of its own first."""
+        free = self.free[i]
+        targets = (free.nearest(point[i] * factor) for factor in (2, 0.5, 4, 0.25, 1.25, 0.75, 3, 8))
+        for target in (*targets, *(free.nearest(point[i] + j * free.step) for j in (1, -1, 2))):
+            yield from self.valid_near((*point[:i], target, *point[i + 1 :]), i)
+
     def valid_alone(self, i: int, values: Iterable[int]) -> list[int]:
         """The values of key i at which the spec is valid with the other keys as they are; all of them where none is."""
         current = tuple(free.current for free in self.free)
@@ -276,11 +311,12 @@ class _Ledger:
     def price(self, point: Point) -> Candidate | None:
         if point not in self.priced:
             spec = self.spec_at(point)
-            self.priced[point] = None if spec is None else self._price(point, make_model_plan(spec))
+            fits = spec is not None and spec.model.max_seq_len >= self.seq_len
+            self.priced[point] = self._price(point, make_model_plan(spec)) if spec is not None and fits else None
         return self.priced[point]
 
     def _price(self, point: Point, model: ModelPlan) -> Candidate:
-        found = estimate(model, seq_len=min(self.seq_len, model.max_seq_len), devices=()).exact_axes()
+        found = estimate(model, seq_len=self.seq_len, devices=()).exact_axes()
         axes = (Axis(name, found[name], self.baseline[name], self.tolerances.get(name)) for name in found)
         return Candidate(point, tuple(axes))
 
@@ -325,32 +361,39 @@ class _Surface:
 
 
 def _fit(ledger: _Ledger, centre: Point) -> dict[str, _Surface]:
-    """Surfaces through the ledger at up to three valid values of each key, the centre's among them."""
-    nodes = tuple(_nodes(ledger, centre, i) for i in range(len(ledger.free)))
-    grid = {point: ledger.price(point) for point in product(*nodes)}
-    if any(candidate is None for candidate in grid.values()):
-        names = ", ".join(free.key.name for free in ledger.free)
-        why = ledger.refusal.diagnostics[0] if ledger.refusal else None
-        raise UsageError(f"{OPTION} {names}: values near the present ones do not go together: {why and why.message}")
-    surfaces = {}
-    for name, tolerance in ledger.tolerances.items():
-        values = {
-            point: next(axis.ratio for axis in cast(Candidate, candidate).axes if axis.name == name)
-            for point, candidate in grid.items()
-        }
-        surfaces[name] = _Surface(nodes, values, tolerance)
-    return surfaces
+    """Surfaces through the ledger at up to three values of each key, the centre's too, valid in all combinations."""
+    nodes: list[tuple[int, ...]] = []
+    for i, free in enumerate(ledger.free):
+        found = [centre[i]]
+        for value in ledger.valid_around(centre, i):
+            if len(found) == 3:
+                break
+            points = ((*others, value, *centre[i + 1 :]) for others in product(*nodes))
+            if value not in found and all(ledger.price(point) is not None for point in points):
+                found.append(value)
+        nodes.append(tuple(found))
+    grid = {point: cast(Candidate, ledger.price(point)) for point in product(*nodes)}
+    return {
+        name: _Surface(
+            tuple(nodes),
+            {point: next(a.ratio for a in candidate.axes if a.name == name) for point, candidate in grid.items()},
+            tolerance,
+        )
+        for name, tolerance in ledger.tolerances.items()
+    }
 
 
-def _nodes(ledger: _Ledger, centre: Point, i: int) -> tuple[int, ...]:
-    """The centre's value of a key and two others at which the spec is valid, about a factor of two away."""
-    free, found = ledger.free[i], [centre[i]]
-    for value in (free.nearest(centre[i] * factor) for factor in (2, 0.5, 4, 0.25, 1.25, 3, 8)):
-        if len(found) == 3:
-            break
-        if value not in found and ledger.price((*centre[:i], value, *centre[i + 1 :])) is not None:
-            found.append(value)
-    return tuple(found)
+def _require_effects(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> None:
+    """Raises UsageError for a key on which no judged axis depends."""
+    for i, free in enumerate(ledger.free):
+        moves = False
+        for surface in surfaces.values():
+            seen: dict[Point, set[float]] = {}
+            for point, value in surface.values.items():
+                seen.setdefault((*point[:i], *point[i + 1 :]), set()).add(value)
+            moves = moves or len(surface.nodes[i]) == 1 or any(len(values) > 1 for values in seen.values())
+        if not moves:
+            raise UsageError(f"{OPTION} {free.key.name}: it does not change {' or '.join(surfaces)}")
 
 
 def _search(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> list[Point]:
@@ -366,7 +409,7 @@ def _search(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> list[Point]:
     def visit(first: Point) -> None:
         curves = [(s.along_last(first), s.tolerance) for s in surfaces.values()]
         for value in _least(curves, last):
-            scores[(*first, value)] = max(abs(_value(c, value) - 1) / (tol or _TINY) for c, tol in curves)
+            scores[(*first, value)] = _score(curves, value)
 
     for first in product(*(ledger.valid_alone(i, f.spread(per_key)) for i, f in enumerate(others))):
         visit(first)
@@ -378,7 +421,23 @@ def _search(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> list[Point]:
             )
             for first in product(*steps):
                 visit(first)
+    # Where the spec is not valid at all values of the last key, the nearest ones at which it is.
+    best: dict[Point, Point] = {}
+    for point in sorted(scores, key=scores.__getitem__):
+        best.setdefault(point[:-1], point)
+    checked = len(ledger.specs)
+    for first, point in best.items():
+        if len(ledger.specs) - checked > CHECKED:
+            break
+        curves = [(s.along_last(first), s.tolerance) for s in surfaces.values()]
+        near = ledger.valid_near(point, len(point) - 1)
+        scores |= {(*first, value): _score(curves, value) for value in near}
     return sorted(scores, key=lambda point: (scores[point], ledger.change(point)))
+
+
+def _score(curves: Sequence[tuple[tuple[float, float, float], float]], x: float) -> float:
+    """The largest difference from 1, as shares of the tolerances."""
+    return max(abs(_value(curve, x) - 1) / (tolerance or _TINY) for curve, tolerance in curves)
 
 
 # A tolerance of 0 asks for equality; it must still say which of two candidates is nearer.
@@ -448,12 +507,12 @@ def _off(axis: Axis) -> float:
 
 def _bounds(spec: Spec, key: Key) -> tuple[int, int]:
     """What the grammar allows at every place of a key."""
-    low, high = 1, 2**31
+    low, high = 0, 2**31
     for place in key.places:
-        field = type(value_of(spec, place[:-1])).model_fields[str(place[-1])]
-        for bound in field.metadata:
-            low = max(low, getattr(bound, "ge", None) or low)
-            high = min(high, getattr(bound, "le", None) or high)
+        field = field_of(spec, place)
+        for bound in field.metadata if field is not None else ():
+            low = max(low, int(getattr(bound, "ge", low)), int(getattr(bound, "gt", low - 1)) + 1)
+            high = min(high, int(getattr(bound, "le", high)), int(getattr(bound, "lt", high + 1)) - 1)
     return low, high
 
 

@@ -170,8 +170,11 @@ def claimed(plan: Plan, seq_len: int | None = None) -> Parity | None:
     return compare(plan.name, plan.model, claim.name, claim.baseline, claim.tolerance, length)
 
 
-def require(parity: Parity | None) -> None:
+def require(*verdicts: Parity | None) -> None:
     """Raises CheckFailedError naming each failed axis, both numbers, the ratio, the tolerance and what would help."""
-    if parity is not None and not parity.ok:
-        fix = f"; to match them: {parity.fix}" if parity.fix else ""
-        raise CheckFailedError(f"parity fails: {'; '.join(parity.failures())}{fix}")
+    failed = [parity for parity in verdicts if parity is not None and not parity.ok]
+    whys = (
+        "; ".join(parity.failures()) + (f"; to match them: {parity.fix}" if parity.fix else "") for parity in failed
+    )
+    if failed:
+        raise CheckFailedError(f"parity fails: {'; '.join(whys)}")

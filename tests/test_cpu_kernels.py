@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memforge_kernels import product_key_topk, weighted_scatter
+from memforge_kernels.product_key_topk import cpu as topk_cpu
 from memforge_kernels.product_key_topk import op as topk
 from memforge_kernels.product_key_topk.cpu import CHUNK_SCORES
 from memforge_kernels.row_update import Read, adamw_, segment_sum, sgd_, sorted_gradient
@@ -132,6 +133,15 @@ def test_scores_are_never_held_whole() -> None:
     with LargestTensor() as seen:
         topk.forward(query, sub_keys, 4)
     assert seen.largest <= CHUNK_SCORES < 8192 * 2 * 2 * 1024 / 4
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """Room made in that mode could not be written to outside of it."""
+    query, sub_keys = torch.randn(3, 2, 8), torch.randn(2, 2, 700, 4)
+    vars(topk_cpu._scratch).clear()
+    with torch.inference_mode():
+        expected = topk.forward(query, sub_keys, 4)[1]
+    assert torch.equal(product_key_topk(query.requires_grad_(), sub_keys, 4)[1], expected)
 
 
 def untouched(m: int, v: int) -> Tensor:

@@ -67,6 +67,29 @@ def test_a_key_of_training_changes_nothing_in_the_model(tmp_path: Path) -> None:
     assert "optimizer steps" in done.stdout
 
 
+def test_places_that_differ_change_one_by_one(tmp_path: Path) -> None:
+    second = '[[place]]\nlayers = [1]\nblock = { kind = "moe", num_experts = 6, top_k = 2, hidden_dim = 24 }\n'
+    found = explain(load_spec(write(tmp_path / "s.toml", BASE + second)), "moe.num_experts", 32)
+    assert [(e.place, e.value) for e in found.effects] == [
+        ("place.1.block.num_experts", 5),
+        ("place.2.block.num_experts", 7),
+    ]
+    grown = [effect.axes["params"][1] - effect.axes["params"][0] for effect in found.effects]
+    assert grown == [3 * 32 * 24 + 32] * 2  # one expert and its row of the router
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("model.norm_eps", "no shape and no FLOPs of the model"),
+        ("memory.value_dim", "not shown: no other value was tried"),
+        ("model.vocab_size", "ops       head"),
+    ],
+)
+def test_what_is_not_known_is_not_said_to_be_nothing(tmp_path: Path, key: str, line: str) -> None:
+    assert line in memforge("explain", write(tmp_path / "s.toml", SMALL), key).stdout
+
+
 def test_an_unknown_key_is_refused_at_its_character(top: Path) -> None:
     done = memforge("explain", top, "ffn.hiden_dim")
     assert done.returncode == 2

@@ -12,7 +12,7 @@ PAGES = README + (REPO / "docs" / "profile.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGES, re.DOTALL | re.MULTILINE)
 SPEC = next(text for kind, text in BLOCKS if kind == "toml")
 # Shown for what they say when a claim does not hold.
-FAILING = ("$ memforge check specs/demo/moe.toml --set parity.tolerance.flops=0.001",)
+FAILING = ("memforge check specs/demo/moe.toml --set parity.tolerance.flops=0.001",)
 CONSOLES = [text.splitlines() for kind, text in BLOCKS if kind == "console"]
 
 
@@ -37,7 +37,7 @@ def test_every_command_line_works(directory: Path) -> None:
 
 def test_shown_outputs_are_real(directory: Path) -> None:
     shown = [console for console in CONSOLES if len(console) > 1 and not console[1].startswith("$")]
-    assert len(shown) == 7
+    assert len(shown) == 8
     for command, *output in shown:
         done = memforge(*shlex.split(command)[2:], cwd=directory)
         real = "\n".join(line.rstrip() for line in (done.stdout + done.stderr).splitlines()).split("\n\n")

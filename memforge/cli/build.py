@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.match import with_fix
+from memforge.cli.match import Given, with_fix
 from memforge.cli.options import Json, MeshOption, NoParity, Set, SpecPath, SpecRoot, load
 from memforge.errors import UsageError, printable
 from memforge.report.console import console, plain, print_json
@@ -51,7 +51,9 @@ def build(
     loaded = load(spec, set_, spec_root)
     plan = make_plan(loaded)
     cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=ranks, dense_values=plan.run.dense_values).as_dict()
-    parity = claimed(plan) if no_parity else with_fix(claimed(plan), loaded, spec)
+    parity = claimed(plan)
+    if plan.parity is not None and not no_parity:
+        parity = with_fix(parity, loaded, plan.parity.baseline, Given(spec, set_, spec_root))
     if not no_parity:
         require(parity)
     if plan_only:

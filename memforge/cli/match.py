@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,25 +42,40 @@ def match(
     from memforge.plan import make_plan
     from memforge.spec import load_baseline
 
+    if out is not None:
+        _require_free(out, spec, to, spec_root)
     loaded = load(spec, set_, spec_root)
     baseline = make_plan(load_baseline(to, spec_root=spec_root))
     wanted = dict.fromkeys(_axes(axis), DEFAULT_TOLERANCE) | tolerances(tolerance)
     keys = [parse_free(loaded, text, multiple_of) for text in free or ()]
     length = report_seq_len(make_plan(loaded), seq_len, baseline.model)
     found = solve(loaded, baseline.name, baseline.model, keys, wanted, length)
-    best = found.candidates[:top]
+    if out is not None and found.best.ok:
+        _write(out, loaded, spec, to, found, wanted, spec_root)
     if json_:
         print_json(_record(loaded.model.name, baseline.name, length, found, top))
-    else:
-        _print(loaded.model.name, baseline.name, length, found, best)
-    if json_ and not found.best.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(0 if found.best.ok else 1)
+    _print(loaded.model.name, baseline.name, length, found, found.candidates[:top])
     require_match(found, loaded.model.name, baseline.name)
     if out is not None:
-        _write(out, loaded, spec, to, found, wanted, spec_root)
         plain(f"wrote {printable(str(out))}; next: memforge check {printable(str(out))}", stderr=True)
-    elif not json_:
+    else:
         plain("nothing was written; --out FILE writes the first one as a spec", stderr=True)
+
+
+def _require_free(out: Path, spec: Path, to: Path, spec_root: Path | None) -> None:
+    """Raises StorageError or UsageError before anything is searched where the result could not be written."""
+    if out.exists():
+        raise StorageError(f"{out}: exists already")
+    if not out.parent.is_dir():
+        raise StorageError(f"{out}: no such directory: {out.parent}")
+    root = (spec_root or out.parent).resolve()
+    for path in (spec, to):
+        if not path.resolve().is_relative_to(root):
+            raise UsageError(
+                f"--out {printable(str(out))}: {printable(str(path))} is not below {printable(str(root))}, which "
+                "bounds what the new spec may name; --spec-root DIR widens it"
+            )
 
 
 def _axes(names: list[str] | None) -> list[str]:
@@ -102,13 +117,12 @@ def _write(
 ) -> None:
     """A spec that extends `spec_path` and claims parity with `to`; both must be below the directory that bounds it."""
     from memforge.match import changes
-    from memforge.plan import make_model_plan
+    from memforge.parity import claimed, require
+    from memforge.plan import make_model_plan, make_plan
     from memforge.spec import load_spec, with_values
     from memforge.spec.render import derived_toml
 
-    if out.exists():
-        raise StorageError(f"{out}: exists already")
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", out.stem)[:64] or "matched"
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", out.stem).lstrip("._-")[:64] or "matched"
     changed = changes(found)
     matched = with_values(spec, changed)
     paths = [Path(os.path.relpath(path, out.parent)).as_posix() for path in (spec_path, to)]
@@ -122,6 +136,7 @@ def _write(
     try:
         again = load_spec(out, spec_root=spec_root)
         assert make_model_plan(again) == make_model_plan(matched), "what was written is what was found"
+        require(claimed(make_plan(again)))
     except BaseException:
         out.unlink()
         raise
@@ -133,33 +148,45 @@ def _overridden(spec: Any) -> list[Any]:
     return [path for path, span in document.spans.items() if span.source.path is None and path[0] in document.values]
 
 
-def with_fix(parity: Any, spec: Any, path: Path, baseline_path: Path | None = None) -> Any:
-    """The verdict with the command that would match a model that fails, if a size of its blocks can be solved for."""
+@dataclass(frozen=True)
+class Given:
+    """A spec as the command line has it."""
+
+    path: Path
+    overrides: list[str] | None
+    spec_root: Path | None
+
+
+def with_fix(parity: Any, spec: Any, baseline: Any, given: Given, *, to: Path | None = None) -> Any:
+    """The verdict with the command that matches a model that fails, if one or two sizes of its blocks can.
+
+    `to` is where the baseline is, for one that is not that of the spec's own claim.
+    """
     from memforge.match import DEFAULT_TOLERANCE, suggest
-    from memforge.plan import make_model_plan
-    from memforge.spec import load_baseline
+    from memforge.parity import report_seq_len
+    from memforge.plan import make_plan
 
     if parity is None or parity.ok:
         return parity
-    to = Path(baseline_path or spec.baseline_path or "")
-    baseline = spec.baseline if baseline_path is None else load_baseline(baseline_path, spec_root=baseline_path.parent)
-    assert baseline is not None
-    allowed = {axis.name: max(axis.tolerance, 1e-9) for axis in parity.axes if axis.tolerance is not None}
-    model = make_model_plan(baseline)
-    for wanted in ({name: min(x, DEFAULT_TOLERANCE) for name, x in allowed.items()}, allowed):
-        found = suggest(spec, parity.baseline, model, wanted, parity.seq_len)
-        if found is not None:
-            break
-    words = ["memforge", "match", str(path), "--to", str(to)]
-    for name in allowed:
-        words += ["--axis", name]
+    allowed = {axis.name: axis.tolerance for axis in parity.axes if axis.tolerance is not None}
+    wanted = {name: min(x, DEFAULT_TOLERANCE) for name, x in allowed.items()}
+    found = suggest(spec, parity.baseline, baseline, wanted, parity.seq_len)
+    if found is None and allowed != wanted:
+        wanted = allowed
+        found = suggest(spec, parity.baseline, baseline, wanted, parity.seq_len)
+    words = ["memforge", "match", str(given.path), "--to", str(to or spec.baseline_path)]
+    for override in given.overrides or ():
+        words += ["--set", override]
+    if given.spec_root is not None:
+        words += ["--spec-root", str(given.spec_root)]
     for name, x in wanted.items():
-        words += ["--tolerance", f"{name}={x:g}"] if x != DEFAULT_TOLERANCE else []
-    if found is None:
-        return replace(parity, fix=f"{shlex.join(words)} --free KEY ..")
-    for free in found.free:
-        words += ["--free", free.key.name]
-    return replace(parity, fix=shlex.join([*words, "--seq-len", str(parity.seq_len)]))
+        words += ["--axis", name, *(("--tolerance", f"{name}={x:g}") if x != DEFAULT_TOLERANCE else ())]
+    if parity.seq_len != report_seq_len(make_plan(spec), None, baseline):
+        words += ["--seq-len", str(parity.seq_len)]
+    for name in found if found is not None else ["ffn.hidden_dim"]:
+        words += ["--free", name]
+    command = shlex.join(words)
+    return replace(parity, fix=command if found else f"no one or two sizes do; the nearest by {command}")
 
 
 COMMANDS = {"match": match}

@@ -1,6 +1,7 @@
 """Options that several commands share, and how they become a spec."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,13 +53,13 @@ def load(
     )
 
 
-def end_with(parity: Any, *, as_json: bool) -> None:
-    """Exit code 1 after the report of a comparison that fails. A JSON document has said why; else stderr does."""
+def end_with(verdicts: Sequence[Any], *, as_json: bool) -> None:
+    """Exit code 1 after the report of comparisons of which one fails. JSON has said why; else stderr does."""
     from memforge.parity import require
 
-    if as_json and parity is not None and not parity.ok:
+    if as_json and not all(verdict.ok for verdict in verdicts):
         raise typer.Exit(1)
-    require(parity)
+    require(*verdicts)
 
 
 def tolerances(given: list[str] | None) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.match import with_fix
+from memforge.cli.match import Given, with_fix
 from memforge.cli.options import (
     Json,
     MeshOption,
@@ -18,7 +18,7 @@ from memforge.cli.options import (
     load,
     tolerances,
 )
-from memforge.errors import CheckFailedError, UsageError, printable
+from memforge.errors import CheckFailedError, StorageError, UsageError, printable
 from memforge.report.console import console, plain, print_json
 from memforge.storage import storage_errors
 
@@ -74,7 +74,11 @@ def profile(
         raise UsageError("--no-parity is about the spec's own claim; --against compares with another spec instead")
     if csv and json_:
         raise UsageError("--csv and --json: give one of them")
-    loaded = load(spec, set_, spec_root)
+    if csv and measure and html is None:
+        raise UsageError("--csv has no place for what --measure finds; --html or --json has")
+    if html is not None and not html.parent.is_dir():
+        raise StorageError(f"{html}: no such directory: {html.parent}")
+    loaded, given = load(spec, set_, spec_root), Given(spec, set_, spec_root)
     plan = make_plan(loaded)
     others = [make_plan(load_baseline(path, spec_root=spec_root)) for path in against or ()]
     shortest = min((other.model for other in others), key=lambda model: model.max_seq_len, default=None)
@@ -90,12 +94,14 @@ def profile(
     )
     if others:
         verdicts = [
-            with_fix(_compared(plan, other, tolerance, length), loaded, spec, path)
+            with_fix(_compared(plan, other, tolerance, length), loaded, other.model, given, to=path)
             for other, path in zip(others, against or (), strict=True)
         ]
     else:
         claim = claimed(plan, length)
-        verdicts = [] if claim is None else [claim if no_parity else with_fix(claim, loaded, spec)]
+        if plan.parity is not None and not no_parity:
+            claim = with_fix(claim, loaded, plan.parity.baseline, given)
+        verdicts = [] if claim is None else [claim]
     if trace is not None:
         _require_writable(trace)
     if measure or trace is not None:
@@ -114,8 +120,7 @@ def profile(
     else:
         _print_profile(plan.name, cost, record["comparisons"], measured)
     if not no_parity:
-        for verdict in verdicts:
-            end_with(verdict, as_json=json_)
+        end_with(verdicts, as_json=json_)
 
 
 def _write_html(path: Path, record: dict[str, Any]) -> None:
@@ -198,24 +203,29 @@ def _measured(plan: Any, report: Any) -> dict[str, Any]:
         **asdict(step),
         "flops": {"forward": counted[0], "backward": counted[1]},
         "steps": times.steps,
-        "seconds": _beside_prediction(plan, report, times, checkpointed),
+        **_beside_prediction(plan, report, times, checkpointed),
     }
 
 
-def _beside_prediction(plan: Any, report: Any, times: Any, checkpointed: bool) -> dict[str, dict[str, float | None]]:
-    """Measured seconds of each phase, and the predicted ones where this machine is calibrated for what was run."""
+def _beside_prediction(plan: Any, report: Any, times: Any, checkpointed: bool) -> dict[str, Any]:
+    """Measured seconds of each phase beside the predicted ones, or why there are none."""
     from dataclasses import asdict
 
     from memforge.cost.calibration import predict, read_calibration
 
     machine = read_calibration()
-    known = machine is not None and machine.is_of_this_machine() and not checkpointed
-    predicted = predict(plan.model, report, machine, dense_values=plan.run.dense_values) if known else None
+    why = None
+    if checkpointed or plan.run.dense_values:
+        why = "steps that run layers again or update every row are not predicted"
+    elif machine is None or not machine.is_of_this_machine():
+        why = "memforge doctor --calibrate measures this machine"
+    predicted = predict(plan.model, report, machine) if machine is not None and why is None else None
     phases = {"forward_and_backward": times.forward_and_backward, "update": times.update, "total": times.total}
-    return {
+    seconds = {
         name: {**asdict(spread), "predicted": getattr(predicted, name) if predicted else None}
         for name, spread in phases.items()
     }
+    return {"seconds": seconds, "unpredicted": why}
 
 
 def _compared(plan: Any, other: Any, tolerance: list[str] | None, seq_len: int) -> Any:

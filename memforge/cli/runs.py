@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.match import with_fix
+from memforge.cli.match import Given, with_fix
 from memforge.cli.options import DataRoot, Device, Json, NoParity, Set, SpecPath, SpecRoot, load, torch_device
 from memforge.errors import UsageError, is_text, printable
 from memforge.report.console import console, plain, print_json
@@ -35,7 +35,9 @@ def train(
     plan, loaded, root = _plan_of(spec, set_, spec_root, data_root)
     if not no_parity:
         parity = claimed(plan)
-        require(parity if loaded is None else with_fix(parity, loaded, spec))
+        if loaded is not None and plan.parity is not None:
+            parity = with_fix(parity, loaded, plan.parity.baseline, Given(spec, set_, spec_root))
+        require(parity)
     target = out or _free_directory(Path("runs") / plan.name)
     screen = console(stderr=True)
     with screen.status("starting torch"):

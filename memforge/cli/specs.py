@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memforge.cli.match import with_fix
+from memforge.cli.match import Given, with_fix
 from memforge.cli.options import DataRoot, Json, Set, SpecPath, SpecRoot, end_with, load
 from memforge.errors import StorageError, UsageError, printable
 from memforge.report.console import plain, print_json
@@ -46,7 +46,9 @@ def check(
     loaded = load(spec, set_, spec_root, data_root=data_root, require_data=True)
     plan = make_plan(loaded)
     axes = estimate(plan.model, seq_len=report_seq_len(plan)).axes()
-    parity = with_fix(claimed(plan), loaded, spec)
+    parity = claimed(plan)
+    if plan.parity is not None:
+        parity = with_fix(parity, loaded, plan.parity.baseline, Given(spec, set_, spec_root))
     caveats = [*plan.model.caveats(), *(parity.caveats if parity else ())]
     if json_:
         print_json(_check_record(plan, axes, parity))
@@ -54,7 +56,7 @@ def check(
         plain(f"{printable(str(spec))}: {_check_line(plan, axes, parity)}")
         for caveat in caveats:
             plain(f"note: {caveat}", stderr=True)
-    end_with(parity, as_json=json_)
+    end_with([parity] if parity else [], as_json=json_)
 
 
 def _check_record(plan: Any, axes: dict[str, Any], parity: Any) -> dict[str, Any]:

@@ -114,8 +114,8 @@ def at(curve: Curve, size: float) -> float:
     return curve[-1][1]
 
 
-def predict(plan: ModelPlan, report: CostReport, machine: Calibration, *, dense_values: bool = False) -> StepTime:
-    """The time of an eager step on the report's batch that keeps all activations."""
+def predict(plan: ModelPlan, report: CostReport, machine: Calibration) -> StepTime:
+    """The time of an eager step on the report's batch that keeps all activations and updates pools by their rows."""
     n, stream = report.tokens, 4 * report.tokens * plan.dim
     logits = 4 * n * plan.vocab_size
     seconds = logits * at(machine.loss, logits) + plan.num_layers * stream * at(machine.frame, stream)
@@ -128,7 +128,7 @@ def predict(plan: ModelPlan, report: CostReport, machine: Calibration, *, dense_
     update = 0.0
     for row in plan.params:
         size = BYTES_PER_ELEMENT[row.dtype]
-        if updated_by_rows(row) and not dense_values:
+        if updated_by_rows(row):
             width, table = row.numel // row.shape[0], row.numel * size
             read = n * sum(read.draws * read.rows for read in row.reads)
             update += read * width * 4 * at(machine.row_sums, table)

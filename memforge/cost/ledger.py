@@ -115,6 +115,7 @@ class CostReport:
             "flops_per_token": {
                 **self._flops_dict(self.rows, executed=False),
                 "by_kind": {k: self._total(rows) for k, rows in rows_of.items()},
+                "outside_layers": self._flops_dict([r for r in self.rows if r.layer_idx is None], executed=False),
                 "executed": self._flops_dict(self.rows, executed=True),
             },
             "bytes_per_token": {

@@ -20,7 +20,7 @@ WARM_UP, ACTIVE = 2, 3
 
 
 def write_trace(plan: Plan, directory: Path, batch: int, seq_len: int, report: dict[str, Any]) -> list[Path]:
-    """Run a few steps on the CPU or GPU torch uses; the files that were written.
+    """Run a few steps on the CPU, as [train] has them; the files that were written.
 
     NAME.*.pt.trace.json is for Perfetto, chrome://tracing and the profiler page of TensorBoard; with tensorboard
     installed, an event file holds the ledger (`report`) by block. Raises StorageError where they cannot be written.
@@ -30,15 +30,15 @@ def write_trace(plan: Plan, directory: Path, batch: int, seq_len: int, report: d
     given = {} if plan.run.train is None else plan.run.train.model_dump()
     train = TrainPlan(**given | RATES | {"batch_size": batch, "seq_len": seq_len})
     model = build_model(plan.model).train()
+    model.checkpoint_layers = train.activation_checkpointing
     stepper = Stepper(model, plan.model, train)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     handler = tensorboard_trace_handler(str(directory), worker_name=plan.name)
     windows = torch.Generator().manual_seed(0)
     with (
         storage_errors(directory),
         named_blocks(model, plan.model),
         profile(
-            activities=activities,
+            activities=[ProfilerActivity.CPU],
             schedule=schedule(wait=0, warmup=WARM_UP, active=ACTIVE),
             on_trace_ready=handler,
             record_shapes=True,

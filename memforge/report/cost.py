@@ -168,11 +168,8 @@ def time_table(measured: dict[str, Any]) -> Table:
         if found["predicted"] is not None:
             cells += [milliseconds(found["predicted"]), f"{found['median'] / found['predicted']:.3f}"]
         table.add_row(phase.replace("_", " "), *cells)
-    if measured["seconds"]["total"]["predicted"] is None:
-        table.caption, table.caption_justify = (
-            "no prediction: memforge doctor --calibrate measures this machine",
-            "left",
-        )
+    if why := measured["unpredicted"]:
+        table.caption, table.caption_justify = f"no prediction: {why}", "left"
     return table
 
 

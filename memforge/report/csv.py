@@ -21,11 +21,8 @@ def _rows(cost: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
     params, active = cost["params"]["by_kind"], cost["params"]["active_by_kind"]
     read, flops = cost["bytes_per_token"]["read_by_kind"], cost["flops_per_token"]
     blocks = [(layer["idx"], block) for layer in cost["layers"] for block in layer["blocks"]]
-    inside = {phase: sum(block["flops_per_token"][phase] for _, block in blocks) for phase in ("forward", "backward")}
-    # The head is the only op outside the layers.
-    head = {phase: flops[phase] - inside[phase] for phase in inside}
     for kind in ("embedding", "norm", "head"):
-        spent = head if kind == "head" else dict.fromkeys(inside, 0)
+        spent = flops["outside_layers"] if kind == "head" else {"forward": 0, "backward": 0}
         figures = (params.get(kind, 0), active.get(kind, 0), read.get(kind, 0))
         yield (kind, kind, "", *figures, spent["forward"], spent["backward"])
     for idx, block in blocks:

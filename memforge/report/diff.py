@@ -19,7 +19,7 @@ def difference_tables(found: dict[str, Any]) -> Iterator[Table]:
     for name, values in found["keys"].items():
         keys.add_row(printable(name), *("-" if v is None else printable(shown_value(v)) for v in values))
     yield keys
-    axes = titled_table(f"What follows, at {found['seq_len']:,} tokens", ("", *names, "change"))
+    axes = titled_table(f"What follows, on 1 x {found['seq_len']:,} tokens", ("", *names, "change"))
     for axis, (before, after) in found["axes"].items():
         axes.add_row(axis, f"{before:,}", f"{after:,}", change(before, after))
     for kind, figures in found["kinds"].items():

@@ -26,8 +26,12 @@ def explanation_lines(found: Explanation) -> Iterator[str]:
         if paths:
             more = [f"and {len(paths) - SHOWN} more"] if len(paths) > SHOWN else []
             yield f"  {name:9} {', '.join([*paths[:SHOWN], *more])}"
-    if not found.parameters and not found.ops:
+    if not found.of_model:
         yield "  changes   nothing in the model: it is about data, training or a claim"
+    elif not found.effects:
+        yield "  changes   not shown: no other value was tried"
+    elif not found.parameters and not found.ops:
+        yield "  changes   no shape and no FLOPs of the model"
 
 
 def effect_table(found: Explanation) -> Table:
@@ -39,7 +43,7 @@ def effect_table(found: Explanation) -> Table:
         cells = []
         for before, after in effect.axes.values():
             cells += [f"{after:,}", change(before, after)]
-        table.add_row(printable(shown_value(effect.value)), *cells)
+        table.add_row(f"{effect.place} = {printable(shown_value(effect.value))}", *cells)
     return table
 
 
@@ -60,7 +64,11 @@ def explanation_record(found: Explanation) -> dict[str, Any]:
         "parameters": list(found.parameters),
         "ops": list(found.ops),
         "effects": [
-            {"value": e.value, "axes": {axis: {"now": a, "then": b} for axis, (a, b) in e.axes.items()}}
+            {
+                "places": e.place,
+                "value": e.value,
+                "axes": {axis: {"now": a, "then": b} for axis, (a, b) in e.axes.items()},
+            }
             for e in found.effects
         ],
     }

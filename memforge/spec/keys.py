@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from memforge.blocks.base import KindSpec
 from memforge.errors import Diagnostic, KeyPath, SpecError, dotted, printable
@@ -47,15 +48,19 @@ def find_key(spec: Spec, name: str, option: str) -> Key:
 
 
 def known_keys(spec: Spec) -> dict[str, tuple[KeyPath, ...]]:
-    """Every name, with its places: each key of the spec, defaults included, and KIND.FIELD for the tables of a kind."""
-    found: dict[str, tuple[KeyPath, ...]] = {dotted(path): (path,) for path in leaves(spec)}
+    """Every name, with its places: each key of the spec, defaults included, and KIND.FIELD for the tables of a kind.
+
+    A name that stands in the spec is that key alone: ffn.hidden_dim is that of [ffn], where there is one.
+    """
+    literal: dict[str, tuple[KeyPath, ...]] = {dotted(path): (path,) for path in leaves(spec)}
+    found: dict[str, tuple[KeyPath, ...]] = {}
     for path, table in tables(spec):
         if isinstance(table, KindSpec):
             for field, _ in _items(table):
                 name, place = f"{table.kind}.{field}", (*path, field)
-                if field != "kind" and place not in found.get(name, ()):
+                if field != "kind" and name not in literal:
                     found[name] = (*found.get(name, ()), place)
-    return found
+    return literal | found
 
 
 def tables(spec: Spec) -> Iterator[tuple[KeyPath, BaseModel]]:
@@ -93,6 +98,12 @@ def _items(value: Any) -> Iterator[tuple[str | int, Any]]:
         yield from value.items()
     elif isinstance(value, list):
         yield from enumerate(value)
+
+
+def field_of(spec: Spec, path: KeyPath) -> FieldInfo | None:
+    """What the grammar says of the key at `path`."""
+    fields = getattr(type(value_of(spec, path[:-1])), "model_fields", {})
+    return next((field for name, field in fields.items() if (field.alias or name) == path[-1]), None)
 
 
 def value_of(spec: Spec, path: KeyPath) -> Any:

@@ -37,12 +37,14 @@ def derived_toml(spec: Spec, keys: Iterable[KeyPath], extends: str, claim: dict[
     Tables are written whole: one that was written inline would be replaced, not merged.
     """
     values = spec.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
-    out: dict[str, Any] = {"extends": extends, "model": {"name": name}}
+    inline = spec._document.inline
+    named = {**values["model"], "name": name} if ("model",) in inline else {"name": name}
+    out: dict[str, Any] = {"extends": extends, "model": named}
     for path in keys:
         top = str(path[0])
         if top == "model":
             out["model"] = values["model"] | {"name": name}
-        elif top == "pool":
+        elif top == "pool" and len(path) > 1 and ("pool",) not in inline:
             out.setdefault("pool", {})[path[1]] = values["pool"][path[1]]
         else:
             out[top] = values[top]

@@ -31,11 +31,12 @@ def _groups(offsets: Tensor, n: int) -> list[tuple[int, int]]:
 
 
 def fit_grouped_gemm(*matrices: Tensor) -> bool:
-    """Whether torch's grouped GEMM takes these: 16-bit numbers, one stride 1, all others multiples of 16 bytes."""
+    """Whether torch's grouped GEMM takes these: 16-bit numbers, one stride 1, all else at multiples of 16 bytes."""
     return all(
         m.dtype in (torch.bfloat16, torch.float16)
         and 1 in m.stride()[-2:]
-        and all(stride == 1 or stride * m.element_size() % 16 == 0 for stride in m.stride())
+        and all(stride == 1 or (stride > 0 and stride * m.element_size() % 16 == 0) for stride in m.stride())
+        and m.data_ptr() % 16 == 0
         for m in matrices
     )
 

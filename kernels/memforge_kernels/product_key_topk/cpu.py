@@ -54,7 +54,8 @@ def gradients(grad: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor) -> t
 def _held_scores(count: int) -> Tensor:
     held = getattr(_scratch, "scores", None)
     if held is None or len(held) < count:
-        held = _scratch.scores = torch.empty(count)
+        with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            held = _scratch.scores = torch.empty(count)
     return held[:count]
 
 

@@ -28,11 +28,12 @@ def weighted_gather(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def forward(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    if values.is_cuda:
+        require_slots(slots, values.shape[0])
     if values.is_cuda and weights.dtype != torch.float64:
         # Triton is needed where it runs, and only there.
         from memforge_kernels.weighted_gather import kernel
 
-        require_slots(slots, values.shape[0])
         return kernel.weighted_gather(values, slots, weights)
     try:
         return _composed(values, slots, weights)

@@ -58,7 +58,7 @@ class LayerFigure:
     arcs: tuple[Arc, ...]
 
 
-ARCS, BOXES, BOX, BARS, BAR, BAR_GAP = 96, 190, 82, 376, 100, 70
+ARCS, BOXES, BOXES_WIDTH, BOX_GAP, BARS, BAR, BAR_GAP = 96, 190, 170, 6, 376, 100, 70
 MEASURES = ("forward FLOPs per token", "backward", "bytes read per token", "parameters")
 UNITS = ("", "", "B", "")
 PHASES = ("forward", "backward")
@@ -74,7 +74,8 @@ def layers(record: dict[str, Any]) -> LayerFigure:
         for idx in line.layers:
             place[idx] = y
         boxes = [
-            Box(kind, BOXES + i * (BOX + 6), BOX if len(line.kinds) > 1 else 2 * BOX + 6, kind)
+            Box(kind, BOXES + i * (wide + BOX_GAP), wide, kind)
+            for wide in [(BOXES_WIDTH - BOX_GAP * (len(line.kinds) - 1)) / len(line.kinds)]
             for i, kind in enumerate(line.kinds)
         ]
         bars = [
@@ -106,11 +107,9 @@ class _Line:
 
 def _lines(record: dict[str, Any]) -> Iterator[_Line]:
     params, flops, read = record["params"], record["flops_per_token"], record["bytes_per_token"]["read_by_kind"]
-    inside = {phase: sum(layer["flops_per_token"][phase] for layer in record["layers"]) for phase in PHASES}
 
     def end(kind: str) -> _Line:
-        # The head is the only op outside the layers.
-        spent = [flops[phase] - inside[phase] if kind == "head" else 0 for phase in PHASES]
+        spent = [flops["outside_layers"][phase] if kind == "head" else 0 for phase in PHASES]
         return _Line(kind, (kind,), (spent[0], spent[1], read.get(kind, 0), params["by_kind"].get(kind, 0)))
 
     yield end("embedding")
