@@ -363,7 +363,7 @@ class _Surface:
 def _fit(ledger: _Ledger, centre: Point) -> dict[str, _Surface]:
     """Surfaces through the ledger at up to three values of each key, the centre's too, valid in all combinations."""
     nodes: list[tuple[int, ...]] = []
-    for i, free in enumerate(ledger.free):
+    for i in range(len(ledger.free)):
         found = [centre[i]]
         for value in ledger.valid_around(centre, i):
             if len(found) == 3:
