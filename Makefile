@@ -27,8 +27,9 @@ demo: $(READY)
 	@echo; echo "== memforge eval: each checkpoint, read back and scored on phrasings its facts were not trained in"
 	@$(BIN)/memforge eval $(MODELS:%=.demo/runs/%)
 
+# Most tests wait for a process of their own, so that two at a time take two thirds of the time.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(READY)
 	$(BIN)/ruff check .

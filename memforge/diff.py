@@ -1,5 +1,6 @@
 """Two specs side by side: the keys in which they differ, and what follows from them."""
 
+from pathlib import Path
 from typing import Any
 
 from memforge.cost import AXES, as_number, estimate
@@ -39,6 +40,12 @@ def differences(first: Spec, second: Spec) -> dict[str, Any]:
 
 def _keys(first: Spec, second: Spec) -> dict[str, list[Any]]:
     sides = [{dotted(path): _plain(value_of(spec, path)) for path in leaves(spec)} for spec in (first, second)]
+    for side, spec in zip(sides, (first, second), strict=True):
+        if spec.baseline_path is not None:  # the same words may lead to different files, and different ones to the same
+            side["parity.against"] = str(Path(spec.baseline_path).resolve())
+    if sides[0].get("parity.against") != sides[1].get("parity.against"):
+        for side, spec in zip(sides, (first, second), strict=True):
+            side["parity.against"] = spec.baseline_path
     names = dict.fromkeys([*sides[0], *sides[1]])
     return {name: [side.get(name) for side in sides] for name in names if sides[0].get(name) != sides[1].get(name)}
 

@@ -184,8 +184,7 @@ def solve(
         centre = ranked[0].values
     candidates = ledger.ranked()
     if not candidates:
-        assert ledger.refusal is not None
-        raise ledger.refusal
+        raise ledger.refusal or UsageError(f"{OPTION}: the spec is valid at no value that was tried")
     return Match(tuple(free), tuple(candidates), len(ledger.priced))
 
 

@@ -121,6 +121,17 @@ def test_diff_names_the_keys_and_what_follows(top: Path) -> None:
     assert memforge("diff", top, top, "--json").stdout.count('"keys": {}') == 1
 
 
+def test_diff_compares_the_files_that_claims_name(tmp_path: Path) -> None:
+    claim = '[parity]\nagainst = "{}"\n'
+    for path, against in (("a.toml", "base.toml"), ("sub/b.toml", "../base.toml"), ("sub/c.toml", "base.toml")):
+        write(tmp_path / path, BASE + claim.format(against))
+    for path in ("base.toml", "sub/base.toml"):
+        write(tmp_path / path, BASE)
+    for other, keys in (("sub/b.toml", set()), ("sub/c.toml", {"parity.against"})):
+        done = memforge("diff", "a.toml", other, "--spec-root", ".", "--json", cwd=tmp_path)
+        assert set(json.loads(done.stdout)["keys"]) == keys
+
+
 def test_doctor_says_what_is_used_and_why() -> None:
     done = memforge("doctor", "--json")
     found = json.loads(done.stdout)

@@ -44,6 +44,8 @@ def test_a_shared_pool_is_counted_once(small: Path) -> None:
         "path": "pool.facts",
         "params": 64 * 32,
         "active_params": min(2 * 2 * 4, 64) * 32,
+        "bytes_read": min(2 * 2 * 4, 64) * 32 * 4,
+        "kind": "memory",
         "rows": 64,
         "rows_per_token": 2 * 2 * 4,
         "rows_touched": {"uniform": 64, "zipf": 64},
