@@ -7,7 +7,7 @@ from memforge.cost import AXES, as_number, estimate
 from memforge.errors import dotted
 from memforge.plan import make_plan
 from memforge.spec import Spec
-from memforge.spec.keys import leaves, value_of
+from memforge.spec.keys import leaves, plain_value, value_of
 
 
 def differences(first: Spec, second: Spec) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def differences(first: Spec, second: Spec) -> dict[str, Any]:
 
 
 def _keys(first: Spec, second: Spec) -> dict[str, list[Any]]:
-    sides = [{dotted(path): _plain(value_of(spec, path)) for path in leaves(spec)} for spec in (first, second)]
+    sides = [{dotted(path): plain_value(value_of(spec, path)) for path in leaves(spec)} for spec in (first, second)]
     for side, spec in zip(sides, (first, second), strict=True):
         if spec.baseline_path is not None:  # the same words may lead to different files, and different ones to the same
             side["parity.against"] = str(Path(spec.baseline_path).resolve())
@@ -48,7 +48,3 @@ def _keys(first: Spec, second: Spec) -> dict[str, list[Any]]:
             side["parity.against"] = spec.baseline_path
     names = dict.fromkeys([*sides[0], *sides[1]])
     return {name: [side.get(name) for side in sides] for name in names if sides[0].get(name) != sides[1].get(name)}
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value

@@ -11,7 +11,7 @@ from memforge.cost import AXES, as_number, estimate
 from memforge.errors import KeyPath, SpecError, dotted
 from memforge.plan import ModelPlan, make_model_plan
 from memforge.spec import Spec, with_values
-from memforge.spec.keys import field_of, find_key, value_of
+from memforge.spec.keys import field_of, find_key, plain_value, value_of
 
 OPTION = "KEY"
 # What a number of each name counts; plug-ins may add fields that are not here.
@@ -88,7 +88,7 @@ def explain(spec: Spec, name: str, seq_len: int) -> Explanation:
         meaning=(field.description if field else None) or "",
         allowed=_allowed(field),
         unit=UNITS.get(str(place[-1])) if _is_number(field) else None,
-        places=tuple((dotted(p), _plain(value_of(spec, p)), origin(spec, p)) for p in key.places),
+        places=tuple((dotted(p), plain_value(value_of(spec, p)), origin(spec, p)) for p in key.places),
         effects=tuple(effects),
         of_model=place[0] not in ("data", "train", "eval", "parity"),
         parameters=_folded(parameters),
@@ -154,10 +154,6 @@ def _allowed(field: FieldInfo | None) -> str:
 
 def _is_number(field: FieldInfo | None) -> bool:
     return field is not None and ("int" in str(field.annotation) or "float" in str(field.annotation))
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json", by_alias=True) if hasattr(value, "model_dump") else value
 
 
 def _axes(now: ModelPlan, changed: ModelPlan, seq_len: int) -> dict[str, tuple[int | float, int | float]]:

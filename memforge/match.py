@@ -20,6 +20,7 @@ from memforge.plan import ModelPlan, make_model_plan
 from memforge.spec import Spec, with_values
 from memforge.spec.document import Source
 from memforge.spec.keys import Key, field_of, find_key, known_keys, value_of
+from memforge.surface import TINY, Curve, Point, Surface, score, turns
 
 OPTION = "--free"
 MAX_FREE = 3
@@ -39,9 +40,6 @@ SUGGESTED_LAYERS = 2_500
 REFUSED = 256
 # Points whose validity is looked at in a round of the search, at 0.1 ms each.
 CHECKED = 4096
-
-# The value of each free key, in their order.
-Point = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -332,34 +330,7 @@ class _Ledger:
         return sum(abs(math.log(max(1, v) / max(1, f.current))) for f, v in zip(self.free, point, strict=True))
 
 
-@dataclass(frozen=True)
-class _Surface:
-    """An axis over the baseline's as a polynomial through a grid of exact values: Lagrange's form along each key."""
-
-    nodes: tuple[tuple[int, ...], ...]
-    values: Mapping[Point, float]
-    tolerance: float
-
-    def at(self, point: Sequence[float]) -> float:
-        c0, c1, c2 = self.along_last(point[:-1])
-        x = point[-1]
-        return c0 + x * (c1 + x * c2)
-
-    def along_last(self, first: Sequence[float]) -> tuple[float, float, float]:
-        """Coefficients of the polynomial in the last key, with the others at `first`."""
-        bases = [_lagrange(nodes, x) for nodes, x in zip(self.nodes, first, strict=False)]
-        sums = []
-        for last in self.nodes[-1]:
-            total = 0.0
-            for indices in product(*(range(len(nodes)) for nodes in self.nodes[:-1])):
-                weight = math.prod(basis[i] for basis, i in zip(bases, indices, strict=True))
-                key = (*(nodes[i] for nodes, i in zip(self.nodes, indices, strict=False)), last)
-                total += weight * self.values[key]
-            sums.append(total)
-        return _coefficients(self.nodes[-1], sums)
-
-
-def _fit(ledger: _Ledger, centre: Point) -> dict[str, _Surface]:
+def _fit(ledger: _Ledger, centre: Point) -> dict[str, Surface]:
     """Surfaces through the ledger at up to three values of each key, the centre's too, valid in all combinations."""
     nodes: list[tuple[int, ...]] = []
     for i in range(len(ledger.free)):
@@ -373,7 +344,7 @@ def _fit(ledger: _Ledger, centre: Point) -> dict[str, _Surface]:
         nodes.append(tuple(found))
     grid = {point: cast(Candidate, ledger.price(point)) for point in product(*nodes)}
     return {
-        name: _Surface(
+        name: Surface(
             tuple(nodes),
             {point: next(a.ratio for a in candidate.axes if a.name == name) for point, candidate in grid.items()},
             tolerance,
@@ -382,7 +353,7 @@ def _fit(ledger: _Ledger, centre: Point) -> dict[str, _Surface]:
     }
 
 
-def _require_effects(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> None:
+def _require_effects(ledger: _Ledger, surfaces: Mapping[str, Surface]) -> None:
     """Raises UsageError for a key on which no judged axis depends."""
     for i, free in enumerate(ledger.free):
         moves = False
@@ -395,7 +366,7 @@ def _require_effects(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> None:
             raise UsageError(f"{OPTION} {free.key.name}: it does not change {' or '.join(surfaces)}")
 
 
-def _search(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> list[Point]:
+def _search(ledger: _Ledger, surfaces: Mapping[str, Surface]) -> list[Point]:
     """Points where the surfaces come closest to 1, best first.
 
     All keys but the one with the most values are enumerated; at each of their values the largest difference is least
@@ -406,9 +377,9 @@ def _search(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> list[Point]:
     scores: dict[Point, float] = {}
 
     def visit(first: Point) -> None:
-        curves = [(s.along_last(first), s.tolerance) for s in surfaces.values()]
+        curves = [surface.curve(first) for surface in surfaces.values()]
         for value in _least(curves, last):
-            scores[(*first, value)] = _score(curves, value)
+            scores[(*first, value)] = score(curves, value)
 
     for first in product(*(ledger.valid_alone(i, f.spread(per_key)) for i, f in enumerate(others))):
         visit(first)
@@ -428,80 +399,21 @@ def _search(ledger: _Ledger, surfaces: Mapping[str, _Surface]) -> list[Point]:
     for first, point in best.items():
         if len(ledger.specs) - checked > CHECKED:
             break
-        curves = [(s.along_last(first), s.tolerance) for s in surfaces.values()]
+        curves = [surface.curve(first) for surface in surfaces.values()]
         near = ledger.valid_near(point, len(point) - 1)
-        scores |= {(*first, value): _score(curves, value) for value in near}
+        scores |= {(*first, value): score(curves, value) for value in near}
     return sorted(scores, key=lambda point: (scores[point], ledger.change(point)))
 
 
-def _score(curves: Sequence[tuple[tuple[float, float, float], float]], x: float) -> float:
-    """The largest difference from 1, as shares of the tolerances."""
-    return max(abs(_value(curve, x) - 1) / (tolerance or _TINY) for curve, tolerance in curves)
-
-
-# A tolerance of 0 asks for equality; it must still say which of two candidates is nearer.
-_TINY = 1e-12
-
-
-def _least(curves: Sequence[tuple[tuple[float, float, float], float]], free: Free) -> set[int]:
+def _least(curves: Sequence[Curve], free: Free) -> set[int]:
     """Values of the last key at which the largest difference can be least."""
-    off = [tuple((c - (i == 0)) / (tol or _TINY) for i, c in enumerate(curve)) for curve, tol in curves]
-    equations = [*off]
-    for i, a in enumerate(off):
-        for b in off[:i]:
-            equations += [
-                tuple(x + y for x, y in zip(a, b, strict=True)),
-                tuple(x - y for x, y in zip(a, b, strict=True)),
-            ]
     ends = {free.nearest(free.low), free.nearest(free.high), free.nearest(free.current)}
-    roots = {root + i * free.step for equation in equations for root in _roots(*equation) for i in (-1, 0, 1)}
+    roots = {root + i * free.step for root in turns(curves) for i in (-1, 0, 1)}
     return ends | {value for root in roots for value in free.around(root)}
 
 
-def _roots(c0: float, c1: float, c2: float) -> Iterator[float]:
-    if abs(c2) * 2**40 < abs(c1):  # a rounding error of the fit, not a square
-        c2 = 0.0
-    if c2 == 0:
-        if c1 != 0:
-            yield -c0 / c1
-        return
-    square = c1 * c1 - 4 * c2 * c0
-    if square < 0:
-        yield -c1 / (2 * c2)  # where it is nearest
-        return
-    q = -(c1 + math.copysign(math.sqrt(square), c1)) / 2
-    yield q / c2
-    if q != 0:
-        yield c0 / q
-
-
-def _value(coefficients: tuple[float, float, float], x: float) -> float:
-    c0, c1, c2 = coefficients
-    return c0 + x * (c1 + x * c2)
-
-
-def _lagrange(nodes: Sequence[int], x: float) -> list[float]:
-    """The weight of the value at each node in the polynomial at x."""
-    return [math.prod((x - b) / (a - b) for b in nodes if b != a) for a in nodes]
-
-
-def _coefficients(nodes: Sequence[int], values: Sequence[float]) -> tuple[float, float, float]:
-    """c0, c1, c2 of the polynomial through up to three points."""
-    c0 = c1 = c2 = 0.0
-    for a, value in zip(nodes, values, strict=True):
-        others = [b for b in nodes if b != a]
-        scale = value / math.prod(a - b for b in others)
-        if len(others) == 2:
-            c0, c1, c2 = c0 + scale * others[0] * others[1], c1 - scale * sum(others), c2 + scale
-        elif len(others) == 1:
-            c0, c1 = c0 - scale * others[0], c1 + scale
-        else:
-            c0 += scale
-    return c0, c1, c2
-
-
 def _off(axis: Axis) -> float:
-    return abs(axis.ratio - 1) / (axis.tolerance or _TINY)
+    return abs(axis.ratio - 1) / (axis.tolerance or TINY)
 
 
 def _bounds(spec: Spec, key: Key) -> tuple[int, int]:

@@ -15,7 +15,7 @@ STAGES = (
     ("memforge.plan",),
     ("memforge.cost",),
     ("memforge.parity",),
-    ("memforge.match", "memforge.explain", "memforge.diff", "memforge.doctor"),
+    ("memforge.surface", "memforge.match", "memforge.explain", "memforge.diff", "memforge.doctor"),
     ("memforge.report",),
     ("memforge.nn",),
     ("memforge.build",),

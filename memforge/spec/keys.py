@@ -111,3 +111,8 @@ def value_of(spec: Spec, path: KeyPath) -> Any:
     for part in path:
         value = dict(_items(value))[part]
     return value
+
+
+def plain_value(value: Any) -> Any:
+    """A value of a spec as JSON has it."""
+    return value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else value
