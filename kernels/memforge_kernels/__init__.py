@@ -11,7 +11,7 @@ from memforge_kernels.grouped_linear import grouped_linear
 from memforge_kernels.product_key_topk import product_key_topk
 from memforge_kernels.registry import FLOP_FORMULAS, KERNELS
 from memforge_kernels.row_update import Read, RowAdamW, RowOptimizer, RowSGD
-from memforge_kernels.tape import Reader, Record, Tape, new_tap
+from memforge_kernels.tape import Reader, Record, Recorder, Tape, new_tap
 from memforge_kernels.weighted_gather import weighted_gather
 from memforge_kernels.weighted_scatter import weighted_scatter
 
@@ -21,6 +21,7 @@ __all__ = [
     "Read",
     "Reader",
     "Record",
+    "Recorder",
     "RowAdamW",
     "RowOptimizer",
     "RowSGD",

@@ -46,6 +46,21 @@ class Reader:
         return gather_dot(x, table, slots)
 
 
+class Recorder(Reader):
+    """Records how tables are read, and leaves their gradients to autograd."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def weighted_gather(self, table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        self.records.append(Gathered(slots, weights.detach()))
+        return super().weighted_gather(table, slots, weights)
+
+    def gather_dot(self, x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
+        self.records.append(Dotted(slots, x.detach()))
+        return super().gather_dot(x, table, slots)
+
+
 class Tape(Reader):
     """Reads tables outside of autograd and records how: the gradient of a table stays in the factors it is made of.
 

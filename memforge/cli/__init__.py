@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from memforge import __version__
-from memforge.cli import build, doctor, explain, kernels, match, profile, runs, specs
+from memforge.cli import build, data, doctor, explain, inspect, kernels, match, profile, runs, specs
 from memforge.errors import InterruptedRunError, MemforgeError, SpecError, Stopped, printable
 from memforge.report.console import forget_stdout, plain, print_json
 from memforge.report.diagnostics import error_record, show
@@ -110,6 +110,7 @@ def _options(
     pass
 
 
-for _module in (specs, explain, build, profile, match, runs, kernels, doctor):
+for _module in (specs, explain, build, profile, match, runs, inspect, kernels, doctor):
     for _name, _command in _module.COMMANDS.items():
         app.command(_name)(_command)
+app.add_typer(data.data_app)

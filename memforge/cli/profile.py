@@ -37,7 +37,7 @@ def profile(
         int | None,
         typer.Option(help="Tokens in a sequence; default: train.seq_len, or the longest that all models take."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences; default: train.batch_size, or 1.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences; default: train.micro_batch_size, or 1.")] = None,
     device: Annotated[
         list[str] | None,
         typer.Option("--device", metavar="DEVICE", help="Of the roofline; default: all known. cpu is measured."),
@@ -86,7 +86,7 @@ def profile(
     run = plan.run.train
     report = estimate(
         plan.model,
-        batch=batch if batch is not None else run.batch_size if run is not None else 1,
+        batch=batch if batch is not None else run.micro_batch_size if run is not None else 1,
         seq_len=length,
         mesh=None if mesh is None else parse_mesh(mesh),
         devices=_devices(device),

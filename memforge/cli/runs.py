@@ -19,7 +19,19 @@ def train(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Default: runs/NAME, or the next free runs/NAME-2, .."),
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="auto|step=N|PATH",
+            help="Go on with the run in --out, or with SPEC if that is a run, from its newest sound checkpoint, from "
+            "that of a step, or from the one at a path.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="If --out holds an earlier run, delete that.")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step of the run, and save.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens of the run.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so many minutes of training.")] = None,
     set_: Set = None,
     spec_root: SpecRoot = None,
     data_root: DataRoot = None,
@@ -27,20 +39,23 @@ def train(
     no_parity: NoParity = False,
     json_: Json = False,
 ) -> None:
-    """Train a spec or a build directory; evaluate it; leave a run directory with a checkpoint."""
+    """Train a spec or a build directory; evaluate it; leave a run directory with checkpoints, metrics and a report."""
     from memforge.parity import claimed, require
 
     if overwrite and out is None:
         raise UsageError("--overwrite needs --out: without it a run takes the next free directory")
+    if overwrite and resume is not None:
+        raise UsageError("--overwrite deletes a run and --resume goes on with it: give one of them")
     plan, loaded, root = _plan_of(spec, set_, spec_root, data_root)
     if not no_parity:
         parity = claimed(plan)
         if loaded is not None and plan.parity is not None:
             parity = with_fix(parity, loaded, plan.parity.baseline, Given(spec, set_, spec_root))
         require(parity)
-    target = out or _free_directory(Path("runs") / plan.name)
+    target = out or _free_directory(Path("runs") / plan.name) if resume is None else _resumed(spec, out, resume)
     screen = console(stderr=True)
     with screen.status("starting torch"):
+        from memforge.training import Budget
         from memforge.training import train as run_training
     from memforge.report.progress import RunReporter
     from memforge.report.runs import show_runs
@@ -48,7 +63,14 @@ def train(
     reporter = RunReporter(screen, str(target))
     try:
         summary = run_training(
-            plan, target, data_root=root, device=torch_device(device), reporter=reporter, overwrite=overwrite
+            plan,
+            target,
+            data_root=root,
+            device=torch_device(device),
+            reporter=reporter,
+            overwrite=overwrite,
+            resume=resume,
+            budget=Budget(max_steps, max_tokens, max_minutes),
         )
     finally:
         reporter.close()
@@ -56,6 +78,17 @@ def train(
         print_json(summary)
     else:
         show_runs([summary])
+
+
+def _resumed(spec: Path, out: Path | None, resume: str) -> Path:
+    """The run that --resume goes on with: the one the checkpoint's path lies in, or --out, or SPEC itself."""
+    by_path = None if resume == "auto" or resume.startswith("step=") else Path(resume).parent
+    if by_path is not None and out is not None and by_path.resolve() != out.resolve():
+        raise UsageError(f"--resume {printable(resume)} does not lie in --out {printable(str(out))}")
+    target = by_path or out or (spec if (spec / "run.json").is_file() else None)
+    if target is None:
+        raise UsageError(f"--resume {printable(resume)}: which run? --out DIR says it")
+    return target
 
 
 def eval_(
@@ -91,13 +124,14 @@ def generate(
 ) -> None:
     """Continue a text with the newest checkpoint of a run."""
     from memforge.training.checkpoint import open_run
-    from memforge.training.data.tokenizer import END_ID
+    from memforge.training.data.tokenizer import end_id
     from memforge.training.evaluate import generate as sample
 
     if not is_text(prompt):
         raise UsageError("--prompt: not text in the encoding of this terminal")
     plan, model, tokenizer, _ = open_run(run, torch_device(device))
-    given = [END_ID, *tokenizer.encode(prompt).ids]
+    end = end_id(tokenizer)
+    given = [end, *tokenizer.encode(prompt).ids]
     tokens = sample(
         model,
         given,
@@ -105,6 +139,7 @@ def generate(
         max_seq_len=plan.model.max_seq_len,
         temperature=temperature,
         seed=seed,
+        end=end,
     )
     text = tokenizer.decode(tokens)
     if json_:

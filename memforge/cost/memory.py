@@ -91,7 +91,7 @@ def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, dense_values: bool
         peak_in=phase,
         peak_checkpointed=weights + optimizer + peak_checkpointed,
         peak_checkpointed_in=phase_checkpointed,
-        checkpoint=weights,
+        checkpoint=weights + optimizer,
         by_kind=_by_kind(plan, gradients, [*frame, *(pair for layer in layers for pair in layer)]),
     )
 

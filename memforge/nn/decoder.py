@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,17 +13,28 @@ from memforge.blocks import load_module, registry
 from memforge.blocks.base import KindPlan
 from memforge.blocks.pools import Pools
 from memforge.plan import LayerPlan, ModelPlan
-from memforge_kernels import Reader, Record, Tape
+from memforge_kernels import Reader, Record, Recorder, Tape
+
+
+class Forward(NamedTuple):
+    """What a forward pass leaves beside the logits: losses and observations by name, and how each layer read tables."""
+
+    logits: Tensor
+    losses: dict[str, Tensor]
+    records: list[Sequence[Record]]
+    observed: dict[str, Tensor]
 
 
 class Decoder(nn.Module):
     """Next-token logits, and the auxiliary losses of the blocks summed by name.
 
     Shape: tokens [b, t] int64 -> logits [b, t, c], dict of scalars (empty in eval mode).
-    With `checkpoint_layers`, training keeps only the input of each layer and runs it again for the backward pass.
+    With `checkpoint_layers`, training keeps only the input of each layer and runs it again for the backward pass. With
+    `dropout`, training zeroes so much of what mixers and blocks add to the residual stream.
     """
 
     checkpoint_layers = False
+    dropout = 0.0
 
     def __init__(self, plan: ModelPlan) -> None:
         super().__init__()
@@ -35,43 +47,39 @@ class Decoder(nn.Module):
         self.head = None if plan.tie_embeddings else nn.Linear(plan.dim, plan.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, losses, _ = self.forward_with(tokens, [Reader] * len(self.layers))
-        return logits, losses
+        return self.forward_with(tokens, [Reader] * len(self.layers))[:2]
 
-    def forward_taped(
-        self, tokens: Tensor, taps: Sequence[Sequence[Tensor]] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], list[Sequence[Record]]]:
-        """As forward; given `taps`, with tables read outside of autograd, and how each layer read them.
+    def forward_taped(self, tokens: Tensor, taps: Sequence[Sequence[Tensor]] | None = None) -> Forward:
+        """As forward, and how each layer read tables; given `taps`, outside of autograd.
 
         A tap for each read of each layer receives the gradient of what it returned: see memforge_kernels.Tape.
         """
         if taps is None:
-            return self.forward_with(tokens, [Reader] * len(self.layers))
+            return self.forward_with(tokens, [Recorder] * len(self.layers))
         return self.forward_with(tokens, [partial(Tape, of_layer) for of_layer in taps])
 
-    def forward_with(
-        self, tokens: Tensor, readers: Sequence[Callable[[], Reader]]
-    ) -> tuple[Tensor, dict[str, Tensor], list[Sequence[Record]]]:
+    def forward_with(self, tokens: Tensor, readers: Sequence[Callable[[], Reader]]) -> Forward:
         """The forward pass with tables read by a new reader for each layer, and what those readers have recorded."""
         x = self.embedding(tokens)
+        dropout = self.dropout if self.training else 0.0
         totals: dict[str, Tensor] = {}
-        records = []
+        records, observed = [], {}
         for layer, reader in zip(self.layers, readers, strict=True):
-            if self.checkpoint_layers and self.training:
-                # No layer draws random numbers, so there is no generator state to keep.
-                x, losses, read = checkpoint(layer, x, self.pool, reader, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, losses, read = layer(x, self.pool, reader)
+            run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=dropout > 0)
+            run = run if self.checkpoint_layers and self.training else layer
+            x, losses, read, seen = run(x, self.pool, reader, dropout)
             totals = _summed(totals, losses)
             records.append(read)
+            observed |= seen
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(x), weight), totals, records
+        return Forward(F.linear(self.norm(x), weight), totals, records, observed)
 
 
 def next_token_loss(forward: Callable[..., Any], window: Tensor, *rest: Any) -> tuple[Any, ...]:
     """Mean cross-entropy of a window [b, t + 1] and what else the model returns. The logits do not outlive the call."""
     logits, *others = forward(window[:, :-1], *rest)
-    return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten()), *others
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, window[:, 1:].flatten()), *others
 
 
 class Layer(nn.Module):
@@ -81,6 +89,8 @@ class Layer(nn.Module):
         super().__init__()
         self.mixer_kind = layer.mixer.kind
         self.block_kinds = tuple(block.kind for block in layer.blocks)
+        # The blocks of which training tells how much they add to the residual stream.
+        self.readers = {block.kind: block.path for block in layer.blocks if block.pool_path() is not None}
         self.mixer_norm = nn.RMSNorm(plan.dim, eps=plan.norm_eps)
         self.add_module(self.mixer_kind, _build(layer.mixer, plan.norm_eps))
         self.block_norm = nn.RMSNorm(plan.dim, eps=plan.norm_eps)
@@ -88,19 +98,26 @@ class Layer(nn.Module):
             self.add_module(block.kind, _build(block, plan.norm_eps, pools.get(f"{block.path}.pool")))
 
     def forward(
-        self, x: Tensor, shared: nn.ModuleDict, new_reader: Callable[[], Reader] = Reader
-    ) -> tuple[Tensor, dict[str, Tensor], Sequence[Record]]:
+        self, x: Tensor, shared: nn.ModuleDict, new_reader: Callable[[], Reader] = Reader, dropout: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor], Sequence[Record], dict[str, Tensor]]:
         pools = Pools(shared, new_reader())
-        x = x + getattr(self, self.mixer_kind)(self.mixer_norm(x))
-        normed, totals = self.block_norm(x), {}
+        x = x + F.dropout(getattr(self, self.mixer_kind)(self.mixer_norm(x)), dropout)
+        residual, normed, totals = x, self.block_norm(x), {}
         for kind in self.block_kinds:
             y, losses = getattr(self, kind)(normed, pools)
-            x, totals = x + y, _summed(totals, losses)
-        return x, totals, pools.reader.records
+            if self.training and kind in self.readers:
+                pools.observed[f"{self.readers[kind]}.read_norm"] = _norm_ratio(y.detach(), residual.detach())
+            x, totals = x + F.dropout(y, dropout), _summed(totals, losses)
+        return x, totals, pools.reader.records, pools.observed
 
 
 def _build(plan: KindPlan, *args: object) -> nn.Module:
     return load_module(registry()[plan.kind])(plan, *args)
+
+
+def _norm_ratio(y: Tensor, x: Tensor) -> Tensor:
+    """The norm of y over that of x, both over all tokens; a scalar in fp32."""
+    return (y.float().square().mean() / x.float().square().mean()).sqrt()
 
 
 def _summed(totals: dict[str, Tensor], losses: dict[str, Tensor]) -> dict[str, Tensor]:

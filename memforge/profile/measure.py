@@ -24,9 +24,10 @@ from memforge.machine import keep_memory
 from memforge.plan import Plan, TrainPlan, plan_from_json
 from memforge.profile.live import LiveStorage, kept_bytes
 from memforge.training.optimizer import Stepper
+from memforge.training.schedule import PEAK
 
-# What is measured does not depend on the rates.
-RATES = {"steps": 1, "learning_rate": 1e-4, "value_learning_rate": 1e-4}
+# What is measured does not depend on the rates and their schedules.
+RATES = {"steps": 1, "learning_rate": 1e-4, "value_learning_rate": 1e-4, "value_schedule": "linear", "decay_steps": 1}
 WARM_UP, LEAST_STEPS, MOST_STEPS, ENOUGH_SECONDS = 3, 5, 40, 8.0
 # The profiler reports its own start and stop, and blocks that were allocated before, on stderr.
 QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -98,25 +99,31 @@ def _in_process(what: str, plan: Plan, batch: int, seq_len: int, checkpoint_laye
     return found
 
 
+def train_plan(plan: Plan, batch: int, seq_len: int, **changes: Any) -> TrainPlan:
+    """[train] of a plan, or its defaults, for steps of one pass over [batch, seq_len] tokens."""
+    given = {} if plan.run.train is None else plan.run.train.model_dump()
+    shape = {"batch_size": batch, "micro_batch_size": batch, "seq_len": seq_len}
+    return TrainPlan(**given | RATES | shape | changes)
+
+
 class _Steps:
     """A model, its optimizer, and training steps, on zeros unless other windows are given."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         plan = plan_from_json(request["plan"], "the request")
-        self.shape, self.checkpoint = (request["batch"], request["seq_len"] + 1), request["checkpoint_layers"]
-        given = {} if plan.run.train is None else plan.run.train.model_dump()
-        self.train = TrainPlan(**given | RATES | {"batch_size": request["batch"], "seq_len": request["seq_len"]})
+        batch, seq_len = request["batch"], request["seq_len"]
+        self.shape = (batch, seq_len + 1)
+        self.train = train_plan(plan, batch, seq_len, activation_checkpointing=request["checkpoint_layers"])
         self.plan = plan.model
         self.begin()
 
     def begin(self) -> None:
         self.model = build_model(self.plan).train()
-        self.model.checkpoint_layers = self.checkpoint
         self.stepper = Stepper(self.model, self.plan, self.train)
 
     def step(self) -> None:
-        _, norm = self.stepper.backward(torch.zeros(self.shape, dtype=torch.int64))
-        self.stepper.update(norm, 1.0)
+        norm = self.stepper.backward(torch.zeros(self.shape, dtype=torch.int64)).norm
+        self.stepper.update(norm, PEAK)
 
 
 def _held(field: str) -> int:
@@ -158,9 +165,9 @@ def _times(request: dict[str, Any]) -> dict[str, Any]:
     ):
         window = torch.randint(steps.plan.vocab_size, steps.shape, generator=windows)
         start = time.perf_counter()
-        _, norm = steps.stepper.backward(window)
+        norm = steps.stepper.backward(window).norm
         middle = time.perf_counter()
-        steps.stepper.update(norm, 1.0)
+        steps.stepper.update(norm, PEAK)
         end = time.perf_counter()
         phases.append((middle - start, end - middle, end - start))
     measured = phases[WARM_UP:]

@@ -11,10 +11,11 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule,
 
 from memforge.build import build_model
 from memforge.machine import keep_memory
-from memforge.plan import ModelPlan, Plan, TrainPlan
-from memforge.profile.measure import RATES
+from memforge.plan import ModelPlan, Plan
+from memforge.profile.measure import train_plan
 from memforge.storage import storage_errors
 from memforge.training.optimizer import Stepper
+from memforge.training.schedule import PEAK
 
 WARM_UP, ACTIVE = 2, 3
 
@@ -27,10 +28,8 @@ def write_trace(plan: Plan, directory: Path, batch: int, seq_len: int, report: d
     """
     keep_memory()
     before = set(directory.iterdir())
-    given = {} if plan.run.train is None else plan.run.train.model_dump()
-    train = TrainPlan(**given | RATES | {"batch_size": batch, "seq_len": seq_len})
+    train = train_plan(plan, batch, seq_len)
     model = build_model(plan.model).train()
-    model.checkpoint_layers = train.activation_checkpointing
     stepper = Stepper(model, plan.model, train)
     handler = tensorboard_trace_handler(str(directory), worker_name=plan.name)
     windows = torch.Generator().manual_seed(0)
@@ -48,9 +47,9 @@ def write_trace(plan: Plan, directory: Path, batch: int, seq_len: int, report: d
         for _ in range(WARM_UP + ACTIVE):
             window = torch.randint(plan.model.vocab_size, (batch, seq_len + 1), generator=windows)
             with record_function("forward and backward"):
-                _, norm = stepper.backward(window)
+                norm = stepper.backward(window).norm
             with record_function("update"):
-                stepper.update(norm, 1.0)
+                stepper.update(norm, PEAK)
             trace.step()
         _write_events(directory, report)
     return sorted(set(directory.iterdir()) - before)

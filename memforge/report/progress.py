@@ -1,5 +1,6 @@
 """The progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -24,15 +25,19 @@ class RunReporter:
         self.progress: Progress | None = None
 
     def note(self, message: str) -> None:
-        self.console.print(message, soft_wrap=True)
+        target = self.console if self.progress is None else self.progress.console
+        target.print(printable(message), soft_wrap=True, markup=False, highlight=False)
 
-    def start(self, plan: Plan, corpus: Any) -> None:
+    def start(self, plan: Plan, corpus: Any, step: int) -> None:
         described = ", ".join(
             f"{value:,} {name.replace('_', ' ')}"
             for name, value in corpus.description.items()
-            if not isinstance(value, str)
+            if not isinstance(value, str) and "." not in name  # those of all parts together
         )
         self.note(f"{plan.name}: {described}")
+        assert plan.run.train is not None
+        if step:
+            self.note(f"going on from step {step:,} of {plan.run.train.steps:,}")
         if self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("{task.description}"),
@@ -44,26 +49,32 @@ class RunReporter:
                 console=self.console,
                 transient=True,
             )
-            assert plan.run.train is not None
-            self.progress.add_task("training", total=plan.run.train.steps)
+            self.progress.add_task("training", total=plan.run.train.steps, completed=step)
             self.progress.start()
 
-    def row(self, row: dict[str, Any], total_steps: int) -> None:
-        text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+    def row(self, metrics: Mapping[str, Any], speed: Mapping[str, Any], total_steps: int) -> None:
+        step, rate = metrics["step"], speed["tokens_per_second"]
+        text = f"loss {metrics['loss']:.4f}  " if "loss" in metrics else ""
+        text += f"{rate:,.0f} tokens/s" + (f"  {speed['mfu']:.1%} of peak FLOPs" if "mfu" in speed else "")
         scores = "".join(
-            f"  {name.replace('_', ' ')} {row[name]:.4f}" for name in ("held_out_loss", "recall") if name in row
+            f"  {name.replace('_', ' ')} {value:.4f}"
+            for name, value in metrics.items()
+            if name.partition(".")[0] in ("held_out_loss", "recall")
         )
         if self.progress is not None:
-            self.progress.update(self.progress.task_ids[0], completed=row["step"], description=text)
+            self.progress.update(self.progress.task_ids[0], completed=step, description=text)
             if scores:
-                self.progress.console.print(f"step {row['step']}  {text}{scores}", soft_wrap=True)
+                self.note(f"step {step}  {text}{scores}")
             return
-        left = (total_steps - row["step"]) * row["tokens"] / row["step"] / row["tokens_per_second"]
-        self.note(f"step {row['step']}/{total_steps}  {text}  ETA {left:.0f} s{scores}")
+        left = (total_steps - step) * metrics["tokens"] / step / rate
+        self.note(f"step {step}/{total_steps}  {text}  ETA {left:.0f} s{scores}")
 
-    def finish(self, summary: dict[str, Any]) -> None:
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self.note(f"step {step}  {prompt.strip()} -> {text.strip()}")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
         self.close()
-        self.note(printable(f"wrote {self.run_dir}/{summary['checkpoint']}"))
+        self.note(f"wrote {self.run_dir}/{summary['checkpoint']} and {self.run_dir}/report.html")
 
     def close(self) -> None:
         if self.progress is not None:

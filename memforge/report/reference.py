@@ -11,6 +11,7 @@ from memforge.spec.placement import Centered, Every
 from memforge.spec.schema import (
     EvalSpec,
     FactsSpec,
+    MixtureSpec,
     ModelSpec,
     ParitySpec,
     PlaceRule,
@@ -35,6 +36,7 @@ TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[parity] tolerance", ToleranceSpec),
     ('[data] kind = "facts"', FactsSpec),
     ('[data] kind = "text"', TextSpec),
+    ('[data] kind = "mixture"', MixtureSpec),
     ("[train]", TrainSpec),
     ("[eval]", EvalSpec),
 )

@@ -153,7 +153,8 @@ def _check_added(spec: Spec, selected: list[frozenset[int]]) -> Iterator[Problem
 
 
 def _check_training(spec: Spec) -> Iterator[Problem]:
-    if spec.data is not None and spec.model.vocab_size < MIN_BPE_VOCAB:
+    trained_here = spec.data is not None and spec.data.tokenizer is None
+    if trained_here and spec.model.vocab_size < MIN_BPE_VOCAB:
         yield Problem(
             ("model", "vocab_size"),
             f"vocab_size = {spec.model.vocab_size} is less than the {MIN_BPE_VOCAB} of a byte-level tokenizer",
@@ -166,7 +167,27 @@ def _check_training(spec: Spec) -> Iterator[Problem]:
             f"seq_len = {spec.train.seq_len} is more than model.max_seq_len = {spec.model.max_seq_len}",
             related=((("model", "max_seq_len"), "max_seq_len is set here"),),
         )
+    yield from _check_steps(spec.train)
     yield from _check_value_update(spec, spec.train)
+
+
+def _check_steps(train: TrainSpec) -> Iterator[Problem]:
+    """Numbers of one step or of all that exceed what they are part of."""
+    if train.micro_batch_size is not None and train.micro_batch_size > train.batch_size:
+        yield Problem(
+            ("train", "micro_batch_size"),
+            f"micro_batch_size = {train.micro_batch_size} is more than batch_size = {train.batch_size}",
+            related=((("train", "batch_size"), "batch_size is set here"),),
+        )
+    if train.decay_steps is None:
+        return
+    where: KeyPath = ("train", "decay_steps")
+    if "wsd" not in (train.schedule, train.value_schedule):
+        there = ((("train", "schedule"), "schedule is set here"),)
+        yield Problem(where, "decay_steps belongs to the schedule wsd", 'use schedule = "wsd"', there)
+    elif train.decay_steps > train.steps:
+        there = ((("train", "steps"), "steps is set here"),)
+        yield Problem(where, f"decay_steps = {train.decay_steps} is more than steps = {train.steps}", related=there)
 
 
 def _check_value_update(spec: Spec, train: TrainSpec) -> Iterator[Problem]:

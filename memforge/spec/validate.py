@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from memforge.errors import Diagnostic, KeyPath, Problem, SpecError
+from memforge.errors import Diagnostic, KeyPath, Problem, SpecError, printable
 from memforge.spec.checks import check, check_baseline
 from memforge.spec.document import Document
 from memforge.spec.explain import problems_of, value_path
@@ -97,13 +97,25 @@ def _baseline_at(path: Path, shown: str, root: Path) -> Spec:
 
 
 def _check_data(spec: Spec, data_root: Path) -> Iterator[Problem]:
-    name = getattr(spec.data, "path", None)
-    if name is None:
-        return
-    try:
-        data_path(data_root, name)
-    except ValueError as error:
-        yield Problem(("data", "path"), str(error))
+    """Data paths that lead nowhere, and tokenizers that are no files."""
+    for key, name in _data_paths(spec):
+        try:
+            path = data_path(data_root, name)
+        except ValueError as error:
+            yield Problem(key, str(error))
+            continue
+        if key[-1] == "tokenizer" and not path.is_file():
+            yield Problem(key, f"not a file: {printable(name)}", "a tokenizer is one JSON file, e.g. tokenizer.json")
+
+
+def _data_paths(spec: Spec) -> Iterator[tuple[KeyPath, str]]:
+    """Every path that [data] holds, by its key."""
+    tables: list[tuple[KeyPath, Any]] = [(("data",), spec.data)]
+    tables += [(("data", "parts", name), part) for name, part in getattr(spec.data, "parts", {}).items()]
+    for key, table in tables:
+        for name in ("path", "tokenizer"):
+            if (value := getattr(table, name, None)) is not None:
+                yield (*key, name), value
 
 
 def _locate(problem: Problem, document: Document) -> Diagnostic:

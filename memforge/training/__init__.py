@@ -1,5 +1,5 @@
-"""Training: from a plan to a run directory."""
+"""Training: data, steps, checkpoints, evaluation."""
 
-from memforge.training.loop import train
+from memforge.training.loop import Budget, Reporter, train
 
-__all__ = ["train"]
+__all__ = ["Budget", "Reporter", "train"]

@@ -1,5 +1,6 @@
 """Scores on held-out sequences, and text from a model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,16 @@ from torch import Tensor, nn
 
 from memforge.errors import StorageError
 from memforge.plan import Plan
-from memforge.training.checkpoint import SUMMARY, Summary, open_run, read_record
+from memforge.training.checkpoint import open_run
 from memforge.training.data import Corpus, load_corpus
 from memforge.training.data.corpus import HeldOut, split_evenly
-from memforge.training.data.tokenizer import END_ID
+from memforge.training.data.tokenizer import END_ID, end_id
+from memforge.training.run_directory import SUMMARY, Summary, read_record
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, held_out: HeldOut, *, batch_size: int, max_prompts: int, exact_match: bool
-) -> dict[str, float]:
-    """Mean negative log-likelihood per answer token and, if asked for, the share of answers given exactly.
+def evaluate(model: nn.Module, held_out: HeldOut, *, batch_size: int, max_prompts: int) -> dict[str, float]:
+    """Mean negative log-likelihood per answer token and, of facts, the share of answers given exactly.
 
     An answer counts as given when each of its tokens, the end included, is the most likely one after the true tokens
     before it; that is the same as greedy decoding giving the whole answer.
@@ -40,19 +40,48 @@ def evaluate(
         num_exact += int((right | ~scored).all(dim=1).sum())
     model.train(was_training)
     scores = {"held_out_loss": nll / num_tokens}
-    return scores | ({"recall": num_exact / len(chosen)} if exact_match else {})
+    return scores | ({"recall": num_exact / len(chosen)} if held_out.exact_match else {})
 
 
 def corpus_scores(model: nn.Module, corpus: Corpus, plan: Plan) -> dict[str, float]:
     """The scores of a model on its corpus, in batches of the training's size."""
     assert plan.run.train is not None
-    return evaluate(
-        model,
-        corpus.held_out,
-        batch_size=plan.run.train.batch_size,
-        max_prompts=plan.run.eval.max_prompts,
-        exact_match=corpus.exact_match,
-    )
+    size, most = plan.run.train.micro_batch_size, plan.run.eval.max_prompts
+    scores = {}
+    for part, held_out in corpus.held_out.items():
+        found = evaluate(model, held_out, batch_size=size, max_prompts=most)
+        scores |= {f"{name}.{part}" if part else name: value for name, value in found.items()}
+    return scores
+
+
+# Of a held-out window of text, the tokens that a sample goes on from.
+PROMPT_TOKENS = 16
+
+
+def samples(model: nn.Module, corpus: Corpus, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Prompts of [eval], or one for each part of the held-out data, and how the model goes on."""
+    given = plan.run.eval
+    if not given.sample_tokens:
+        return
+    end, seed = end_id(corpus.tokenizer), 0 if plan.run.train is None else plan.run.train.seed
+    for prompt in given.samples or _prompts(corpus):
+        tokens = generate(
+            model,
+            [end, *corpus.tokenizer.encode(prompt).ids],
+            max_tokens=given.sample_tokens,
+            max_seq_len=plan.model.max_seq_len,
+            temperature=given.sample_temperature,
+            seed=seed,
+            end=end,
+        )
+        yield prompt, corpus.tokenizer.decode(tokens)
+
+
+def _prompts(corpus: Corpus) -> Iterator[str]:
+    for held_out in corpus.held_out.values():
+        tokens, first = held_out.sequences[0], int(held_out.scored_from[0])
+        given = tokens[: first if held_out.exact_match else PROMPT_TOKENS]
+        yield corpus.tokenizer.decode(given.tolist())
 
 
 def _padded(held_out: HeldOut, chosen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -82,9 +111,18 @@ def evaluate_run(run_dir: Path, *, data_root: Path, device: str) -> dict[str, An
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokens: list[int], *, max_tokens: int, max_seq_len: int, temperature: float, seed: int
+    model: nn.Module,
+    tokens: list[int],
+    *,
+    max_tokens: int,
+    max_seq_len: int,
+    temperature: float,
+    seed: int,
+    end: int = END_ID,
 ) -> list[int]:
     """Continue `tokens` until the end token or `max_tokens`; temperature 0 takes the most likely token."""
+    was_training = model.training
+    model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     out: list[int] = []
@@ -97,7 +135,8 @@ def generate(
             token = int(torch.multinomial(chances, 1, generator=generator))
         else:
             token = int(logits.argmax())
-        if token == END_ID:
+        if token == end:
             break
         out.append(token)
+    model.train(was_training)
     return out

@@ -1,32 +1,46 @@
 """The training loop: a plan in, a run directory out."""
 
 import json
+import math
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from memforge.build import build_model
 from memforge.cost import estimate
-from memforge.cost.memory import step_memory
-from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, StorageError, UsageError
-from memforge.machine import keep_memory, require_memory
+from memforge.errors import DeviceError, InterruptedRunError, MemforgeError, NonFiniteError, StorageError
+from memforge.machine import keep_memory
 from memforge.nn.decoder import Decoder
 from memforge.plan import Plan, TrainPlan
+from memforge.report.html import run_page
 from memforge.storage import storage_errors
 from memforge.training import checkpoint as files
-from memforge.training.data import Corpus, Stream, load_corpus
-from memforge.training.evaluate import corpus_scores
-from memforge.training.optimizer import Stepper, rate_share
+from memforge.training import resume as resuming
+from memforge.training.checkpoint import Manifest, RunIdentity, Saver, Snapshot
+from memforge.training.data import Corpus, Prefetch, load_corpus
+from memforge.training.evaluate import corpus_scores, samples
+from memforge.training.logs import Logs
+from memforge.training.machine_use import MachineUse, peak_of, precision_of
+from memforge.training.optimizer import Gradients, Stepper
+from memforge.training.revival import Reviver
+from memforge.training.run_directory import (
+    REPORT,
+    SPEED,
+    Summary,
+    write_summary,
+)
+from memforge.training.schedule import rate_shares
 from memforge.training.signals import StopSignal
+from memforge.training.start import Start, checked, identified, place, require_disk_for, require_memory_for
+from memforge.training.telemetry import Telemetry, update_figures
 
 # Compiling the demo models takes about 25 s on two cores; a run this short never earns it back.
 MIN_STEPS_TO_COMPILE = 100
@@ -36,9 +50,29 @@ class Reporter:
     """Who is told what a run does; this one keeps it to itself. The loop prints nothing."""
 
     def note(self, message: str) -> None: ...
-    def start(self, plan: Plan, corpus: Corpus) -> None: ...
-    def row(self, row: dict[str, Any], total_steps: int) -> None: ...
+    def start(self, plan: Plan, corpus: Corpus, step: int) -> None: ...
+    def row(self, metrics: dict[str, Any], speed: dict[str, Any], total_steps: int) -> None: ...
+    def sample(self, step: int, prompt: str, text: str) -> None: ...
     def finish(self, summary: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where to stop before the plan's last step: a step, a number of tokens, minutes of this process."""
+
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    max_minutes: float | None = None
+
+    def is_spent(self, step: int, tokens: int, seconds: float) -> bool:
+        return (
+            (self.max_steps is not None and step >= self.max_steps)
+            or (self.max_tokens is not None and tokens >= self.max_tokens)
+            or (self.max_minutes is not None and seconds >= 60 * self.max_minutes)
+        )
+
+
+Ending = Literal["done", "budget", "interrupted", "non-finite"]
 
 
 def train(
@@ -49,39 +83,34 @@ def train(
     device: str | None = None,
     reporter: Reporter | None = None,
     overwrite: bool = False,
+    resume: str | None = None,
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Train the plan's model and return the summary that is also written to `run_dir/summary.json`.
 
-    `run_dir` must not exist (with `overwrite` it may be an earlier run, which is deleted). It appears with plan.json,
-    tokenizer.json, metrics.jsonl and, at the end or at the first signal, a checkpoint. A run that ends before its first
-    step leaves nothing behind.
+    `run_dir` must not exist (with `overwrite` it may be an earlier run, which is deleted), unless `resume` says which
+    of its checkpoints to go on from: "auto", "step=N" or a path. It appears with plan.json, tokenizer.json and its
+    logs, then checkpoints, and in the end summary.json and report.html. A new run that ends before its first step
+    leaves nothing behind.
 
-    Raises UsageError for a plan that cannot be trained, StorageError, NonFiniteError before the update that a NaN or
-    infinity would have spoilt, InterruptedRunError after a signal, with everything saved.
+    Raises UsageError for a plan that cannot be trained or is not that of the run, StorageError, NonFiniteError before
+    the update that a NaN or infinity would have spoilt, InterruptedRunError after a signal, with everything saved.
     """
     report = reporter or Reporter()
-    run = _checked(plan)
-    corpus = load_corpus(plan, data_root)
+    run = checked(plan)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available; use --device cpu")
-    _require_memory(plan, run, device)
+    require_memory_for(plan, run, device)
     keep_memory()
-    with _new_run(run_dir, overwrite=overwrite) as started, StopSignal() as stop, _deterministic():
-        with storage_errors(run_dir):
-            (run_dir / files.PLAN).write_text(plan.to_json(), encoding="utf-8")
-            (run_dir / files.TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
-        report.start(plan, corpus)
-        model = build_model(plan.model, seed=run.seed, device=device)
-        model.checkpoint_layers = run.activation_checkpointing
-        trainer = _Trainer(plan, run, corpus, model, run_dir, report, device)
-        try:
-            trainer.run(stop, started)
-        except NonFiniteError:
-            if trainer.step:
-                trainer.conclude("non-finite")
-            raise
-        summary = trainer.conclude("done" if stop.number is None else "interrupted")
+    with place(run_dir, plan, report.note, overwrite=overwrite, resume=resume) as start, StopSignal() as stop:
+        corpus = load_corpus(plan, data_root, start.tokenizer(run_dir), note=report.note)
+        identity = identified(run_dir, plan, corpus, start)
+        require_disk_for(plan, run_dir)
+        with _deterministic():
+            trainer = _Trainer(plan, run, corpus, identity, run_dir, report, device, start)
+            report.start(plan, corpus, trainer.step)
+            summary = trainer.run(stop, start.begun, budget or Budget())
     if stop.number is not None:
         raise InterruptedRunError(f"interrupted; saved {run_dir / summary['checkpoint']}", stop.number)
     return summary
@@ -93,143 +122,303 @@ class _Trainer:
         plan: Plan,
         run: TrainPlan,
         corpus: Corpus,
-        model: Decoder,
+        identity: RunIdentity,
         run_dir: Path,
         report: Reporter,
         device: str,
+        start: Start,
     ) -> None:
-        self.plan, self.spec, self.corpus, self.model = plan, run, corpus, model
+        self.plan, self.spec, self.corpus = plan, run, corpus
         self.run_dir, self.report, self.device = run_dir, report, device
-        self.stepper = Stepper(model, plan.model, run)
-        self.stream = Stream(corpus.units, window=run.seq_len + 1, seed=run.seed)
-        self.stepper.forward = _compiled(model, run, report)
-        self.step = 0
-        self.losses: list[Tensor] = []
-        self.norm = torch.tensor(float("nan"))
-        self.started = self.logged = self.scored_from = time.perf_counter()
-        self.training_seconds = 0.0
+        self.model = _model(plan, device, start)
+        self.stepper = Stepper(self.model, plan.model, run, precision=precision_of(run, device, report.note))
+        self.telemetry = Telemetry.of(plan.model, torch.device(device))
+        self.stepper.on_read = self.telemetry.read
+        self.reviver = Reviver.of(self.stepper) if run.revive_every else None
+        self.saver = Saver(run_dir, identity, keep=run.keep_checkpoints, in_background=run.async_checkpoints)
+        self.logs = Logs(run_dir, plan)
+        self.use = MachineUse(plan, peak_of(device))
+        self.step, self.skipped = 0, 0
+        self.losses: list[float] = []
+        self.last_step: Gradients | None = None
+        self.norm, self.update_figures = math.nan, dict[str, float]()
         self.last: dict[str, Any] = {}
+        self.saved_step: int | None = None
+        self.training_seconds = 0.0
+        if start.checkpoint is not None and start.manifest is not None:
+            self._load(start.checkpoint, start.manifest)
+        else:
+            self.logs.cut_back({}, report.note)
+        resuming.clear_the_way(run_dir, start.checkpoint, report.note)
+        self.stepper.forward = _compiled(self.model, run, report)
+        self.started = self.logged = self.saved_at = time.perf_counter()
+        self.not_training, self.waiting, self.is_first_row = 0.0, 0.0, True
+        self._logged_step = self.step
 
-    def run(self, stop: StopSignal, started: Callable[[], None]) -> None:
-        """All steps, or those until a signal."""
-        every = self.plan.run.eval.every_steps
-        while self.step < self.spec.steps and stop.number is None:
-            loss, self.norm = self.one_step() if self.step else self.first_step()
-            self.losses.append(loss)
-            self.step += 1
-            if self.step == 1:
-                started()
-                stop.arm()
-            if self.step == self.spec.steps:
-                return  # the last row is written with the last scores
-            scored = every is not None and self.step % every == 0
-            if scored or self.step % self.spec.log_every == 0 or self.step == 1:
-                self.log(self.score() if scored else {})
+    def snapshot(self) -> Snapshot:
+        """All that the rest of the run depends on."""
+        optimizer, numbers = self.stepper.state()
+        tensors = {"model": self.model.state_dict(), "optimizer": optimizer, "telemetry": self.telemetry.state()}
+        if self.reviver is not None:
+            tensors["revival"] = self.reviver.state()
+        state = {
+            "optimizer": numbers,
+            "losses": list(self.losses),
+            "grad_norm": self.norm if math.isfinite(self.norm) else None,
+            "update_figures": dict(self.update_figures),
+            "skipped": self.skipped,
+            "last": dict(self.last),
+        }
+        return Snapshot(self.step, tensors, state, self.logs.marks())
 
-    def score(self) -> dict[str, float]:
-        self.scored_from = time.perf_counter()
-        return corpus_scores(self.model, self.corpus, self.plan)
+    def _load(self, checkpoint: Path, manifest: Manifest) -> None:
+        self.model.load_state_dict(files.load_tensors(checkpoint, "model"), strict=True)
+        state = manifest.state
+        self.stepper.load_state(files.load_tensors(checkpoint, "optimizer"), state["optimizer"])
+        self.telemetry.load(files.load_tensors(checkpoint, "telemetry"))
+        if self.reviver is not None:
+            self.reviver.load(files.load_tensors(checkpoint, "revival"))
+        self.step = self.saved_step = manifest.step
+        self.losses, self.skipped, self.last = list(state["losses"]), state["skipped"], dict(state["last"])
+        self.norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
+        self.update_figures = dict(state["update_figures"])
+        self.logs.cut_back(manifest.logs, self.report.note)
+        self.training_seconds = _seconds_so_far(self.run_dir)
 
-    def first_step(self) -> tuple[Tensor, Tensor]:
-        """The first update. Compilation happens here; where it fails, `auto` goes on without it."""
+    def save(self) -> None:
+        start = time.perf_counter()
+        self.saver.save(self.snapshot())
+        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        self.not_training += self.saved_at - start
+
+    def run(self, stop: StopSignal, begun: Callable[[], None], budget: Budget) -> dict[str, Any]:
+        """All steps, or those until a signal or the end of the budget; then the end of the run."""
+        stream = self.corpus.stream(self.spec.seq_len + 1, self.spec.seed)
+        b, workers = self.spec.batch_size, self.spec.data_workers
         try:
-            return self.one_step()
+            with Prefetch(stream, b, first_step=self.step, workers=workers) as batches:
+                while self.step < self.spec.steps and stop.number is None and not self._spent(budget):
+                    self.advance(batches)
+                    begun()
+                    stop.arm()
+                    if self.step < self.spec.steps:  # the last row is written with the last scores
+                        self.log_if_due()
+                        self.save_if_due()
+            done = self.step == self.spec.steps
+            return self.conclude("interrupted" if stop.number is not None else "done" if done else "budget")
+        except NonFiniteError:
+            if self.step > (self.saved_step or 0):
+                self._conclude_non_finite()
+            raise
+        finally:
+            self.logs.close()
+            _wait_quietly(self.saver)
+
+    def _conclude_non_finite(self) -> None:
+        """Keep the state before the bad step, if that is finite; the error is told either way."""
+        try:
+            self.conclude("non-finite")
+        except NonFiniteError as error:
+            self.report.note(f"warning: {error}")
+
+    def _spent(self, budget: Budget) -> bool:
+        tokens = self.step * self.spec.batch_size * self.spec.seq_len
+        return budget.is_spent(self.step, tokens, time.perf_counter() - self.started)
+
+    def advance(self, batches: Prefetch) -> None:
+        """One step: gradients and, if they are finite, the update."""
+        waited = time.perf_counter()
+        window = torch.from_numpy(batches.batch(self.step)).to(self.device, torch.int64)
+        self.waiting += time.perf_counter() - waited
+        found = self.gradients(window)
+        loss, self.norm = float(found.loss), float(found.norm)
+        if math.isfinite(loss) and math.isfinite(self.norm):
+            self.update(found)
+            self.losses.append(loss)
+        else:
+            self.leave_out(loss)
+        self.step += 1
+        if self.reviver is not None and self.spec.revive_every and self.step % self.spec.revive_every == 0:
+            self.reviver.revive(self.step, self.spec.seed)
+
+    def gradients(self, window: torch.Tensor) -> Gradients:
+        """Those of a batch. The first compiles the model; where that fails, `auto` goes on without."""
+        try:
+            return self.stepper.backward(window, step=self.step)
         except TorchDynamoException as error:
             reason = str(error).split("\n")[0]
             if self.spec.compile == "on":
                 raise DeviceError(f'train.compile = "on": {reason}') from None
             self.report.note(f"torch.compile does not work here, training is eager: {reason}")
             self.stepper.forward = self.model.forward_taped
-            return self.one_step()
+            self.stepper.skip()
+            return self.stepper.backward(window, step=self.step)
 
-    def one_step(self) -> tuple[Tensor, Tensor]:
-        """One update; the cross-entropy before it and the gradient's norm before clipping."""
-        b = self.spec.batch_size
-        window = torch.from_numpy(self.stream.windows(self.step * b, b)).to(self.device, torch.int64)
-        loss, norm = self.stepper.backward(window)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise NonFiniteError(
-                f"step {self.step + 1}: the loss is {float(loss):g} and the gradient norm {float(norm):g}; "
-                "the update was not made. A lower train.learning_rate or a longer warm-up usually helps"
-            )
-        self.stepper.update(norm, rate_share(self.step, self.spec))
-        return loss, norm
+    def update(self, found: Gradients) -> None:
+        shares = rate_shares(self.step, self.spec)
+
+        def make() -> None:
+            self.stepper.update(found.norm, shares)
+
+        if self.stepper.tables is not None and self.is_row_due(self.step + 1):
+            self.update_figures = update_figures(self.stepper.tables.tables, self.stepper.tables.touched(), make)
+        else:
+            make()
+        self.telemetry.observe(found.observed)
+
+    def leave_out(self, loss: float) -> None:
+        """A step without an update, as often as `max_skipped` allows."""
+        what = (
+            f"step {self.step + 1}: the loss is {loss:g} and the gradient norm {self.norm:g}; the update was not made"
+        )
+        if self.skipped >= self.spec.max_skipped:
+            raise NonFiniteError(f"{what}. A lower train.learning_rate or a longer warm-up usually helps")
+        self.skipped += 1
+        self.report.note(f"warning: {what} ({self.skipped} of at most {self.spec.max_skipped} such steps)")
+        self.stepper.skip()
+
+    def is_row_due(self, step: int) -> bool:
+        return step in (1, self.spec.steps) or step % self.spec.log_every == 0 or self.is_score_due(step)
+
+    def is_score_due(self, step: int) -> bool:
+        every = self.plan.run.eval.every_steps
+        return every is not None and step % every == 0
+
+    def log_if_due(self) -> None:
+        if not self.is_row_due(self.step):
+            return
+        self.log(self.score() if self.is_score_due(self.step) else {})
+
+    def save_if_due(self) -> None:
+        every = self.spec.checkpoint_every
+        late = time.perf_counter() - self.saved_at >= 60 * self.spec.checkpoint_minutes
+        if late or (every is not None and self.step % every == 0):
+            self.save()
+
+    def score(self, *, keep: bool = True) -> dict[str, float]:
+        """Scores on held-out data, and samples of text, logged if they are to be kept."""
+        start = time.perf_counter()
+        scores = corpus_scores(self.model, self.corpus, self.plan)
+        for prompt, text in samples(self.model, self.corpus, self.plan):
+            if keep:
+                self.logs.sample(self.step, prompt, text)
+            self.report.sample(self.step, prompt, text)
+        self.not_training += time.perf_counter() - start
+        return scores
 
     def log(self, scores: dict[str, float]) -> None:
         """A row of metrics for the steps since the one before."""
-        tokens = self.spec.batch_size * self.spec.seq_len
-        seconds = self.scored_from - self.logged if scores else time.perf_counter() - self.logged
+        rates, tokens = self.stepper.learning_rates(), self.spec.batch_size * self.spec.seq_len
+        self.last = {"step": self.step, "tokens": self.step * tokens}
+        if self.losses:
+            self.last |= {"loss": sum(self.losses) / len(self.losses)}
+        if math.isfinite(self.norm):
+            self.last |= {"grad_norm": self.norm}
+        self.last |= {"learning_rate": rates["dense"]}
+        self.last |= {"value_learning_rate": rates["values"]} if "values" in rates else {}
+        self.last |= {"skipped": self.skipped} if self.skipped else {}
+        self.last |= scores | self.telemetry.figures() | self.update_figures
+        speed = self.speed()
+        self.logs.row(self.last, speed)
+        self.losses, self.update_figures = [], {}
+        self.logged, self.not_training, self.waiting = time.perf_counter(), 0.0, 0.0
+        self.report.row(self.last, speed, self.spec.steps)
+
+    def speed(self) -> dict[str, Any]:
+        """How fast the steps since the last row were; scoring and saving are not training."""
+        now = time.perf_counter()
+        seconds = max(now - self.logged - self.not_training, 1e-9)
+        steps = self.step - self._logged_step
+        self._logged_step = self.step
         self.training_seconds += seconds
-        self.last = {
+        row = {
             "step": self.step,
-            "tokens": self.step * tokens,
-            "loss": float(torch.stack(self.losses).mean()),
-            "grad_norm": float(self.norm),
-            "learning_rate": self.stepper.learning_rate,
-            **scores,
-            "seconds": round(time.perf_counter() - self.started, 3),
-            "tokens_per_second": round(len(self.losses) * tokens / seconds, 1),
-        }
-        with storage_errors(self.run_dir), (self.run_dir / files.METRICS).open("a") as file:
-            file.write(json.dumps(self.last) + "\n")
-        self.losses, self.logged = [], time.perf_counter()
-        self.report.row(self.last, self.spec.steps)
-
-    def conclude(self, ended: Literal["done", "interrupted", "non-finite"]) -> dict[str, Any]:
-        """Save first; then, if the run came to its end, score. Where that fails, `eval` works on what is there."""
-        checkpoint = files.save_checkpoint(self.run_dir, self.step, self.plan, self.model)
-        scores: dict[str, float] = {}
-        try:
-            if ended == "done":
-                scores = self.score()
-        finally:
-            if self.losses:
-                self.log(scores)
-            summary = self.summary(checkpoint.name, ended)
-            files.write_summary(self.run_dir, summary)
-        self.report.finish(summary)
-        return summary
-
-    def summary(self, checkpoint: str, ended: str) -> dict[str, Any]:
-        cost, data = estimate(self.plan.model, seq_len=self.spec.seq_len).as_dict(), self.corpus.description
-        epochs = self.step * self.spec.batch_size * (self.spec.seq_len + 1) / float(data["tokens_per_epoch"])
-        exposures = epochs * float(data["sentences"]) / float(data["facts"]) if "facts" in data else None
-        return {
-            "name": self.plan.name,
-            "model_hash": self.plan.model.model_hash,
-            "steps": self.step,
-            "epochs": epochs,
-            "exposures_per_fact": exposures,
-            "params": cost["params"]["total"],
-            "active_params": cost["params"]["active"],
-            "flops_per_token": cost["flops_per_token"]["total"],
-            "data": data,
-            "baselines": self.corpus.baselines,
-            "final": self.last,
+            "seconds": round(now - self.started, 3),
             "training_seconds": round(self.training_seconds, 3),
-            "checkpoint": checkpoint,
-            "ended": ended,
-            "caveats": list(self.plan.model.caveats()),
+            "tokens_per_second": round(steps * self.spec.batch_size * self.spec.seq_len / seconds, 1),
+            "waiting_for_data": round(self.waiting / seconds, 4),
+            **self.use.shares(steps, seconds),
         }
+        row |= {"started": True} if self.is_first_row else {}
+        self.is_first_row = False
+        return row
+
+    def conclude(self, ended: Ending) -> dict[str, Any]:
+        """Save first; then, if the run came to its end, score. Where that fails, `eval` works on what is there.
+
+        A run that may go on has no row between two that it would have had anyway: what is pending is in the checkpoint.
+        """
+        if self.step != self.saved_step:
+            self.save()
+        self.saver.wait()
+        try:
+            if ended == "done" and self.last.get("step") != self.step:
+                self.log(self.score())
+            elif ended == "budget":
+                self.last |= self.score(keep=False)
+        finally:
+            summary = self.summary(ended)
+            write_summary(self.run_dir, summary)
+        self.write_report()
+        record = summary.model_dump(exclude_none=True)
+        self.report.finish(record)
+        return record
+
+    def write_report(self) -> None:
+        """A picture of a run that is safe on the disk: where it cannot be drawn, that is said and no more."""
+        try:
+            with storage_errors(self.run_dir):
+                (self.run_dir / REPORT).write_text(run_page(self.run_dir), encoding="utf-8")
+        except StorageError as error:
+            self.report.note(f"warning: no {REPORT}: {error}")
+
+    def summary(self, ended: Ending) -> Summary:
+        cost, data = estimate(self.plan.model, seq_len=self.spec.seq_len).as_dict(), self.corpus.description
+        epochs = self.corpus.epochs(self.step * self.spec.batch_size, self.spec.seq_len + 1)
+        only = epochs.get("")
+        exposures = None if only is None or "facts" not in data else only * data["sentences"] / data["facts"]  # type: ignore[operator]
+        return Summary(
+            name=self.plan.name,
+            model_hash=self.plan.model.model_hash,
+            steps=self.step,
+            epochs=max(epochs.values()),
+            exposures_per_fact=exposures,
+            params=cost["params"]["total"],
+            active_params=cost["params"]["active"],
+            flops_per_token=cost["flops_per_token"]["total"],
+            data=data,
+            baselines=self.corpus.baselines,
+            final=self.last,
+            training_seconds=round(self.training_seconds, 3),
+            checkpoint=f"step-{self.step:08d}",
+            ended=ended,
+            caveats=list(self.plan.model.caveats()),
+        )
 
 
-def _checked(plan: Plan) -> TrainPlan:
-    if plan.run.train is None or plan.run.data is None:
-        missing = [f"[{t}]" for t, given in (("data", plan.run.data), ("train", plan.run.train)) if given is None]
-        raise UsageError(f"{plan.name}: training needs {' and '.join(missing)} in the spec")
-    return plan.run.train
+def _model(plan: Plan, device: str, start: Start) -> Decoder:
+    assert plan.run.train is not None
+    if start.checkpoint is None:
+        return build_model(plan.model, seed=plan.run.train.seed, device=device)
+    # Into memory of its own, where tensors of a new run would lie: products depend on the alignment of their operands.
+    return build_model(plan.model, device="meta").to_empty(device=device)
 
 
-def _require_memory(plan: Plan, run: TrainPlan, device: str) -> None:
-    """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
-    memory = step_memory(plan.model, run.batch_size, run.seq_len, dense_values=plan.run.dense_values)
-    state = memory.weights + memory.gradients + memory.optimizer
-    require_memory(
-        memory.peak_checkpointed if run.activation_checkpointing else memory.peak,
-        f"{plan.name}: a training step ({state / 1e9:,.1f} GB of weights, gradients and optimizer state)",
-        available=torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else None,
-        device=device,
-    )
+def _seconds_so_far(run_dir: Path) -> float:
+    """Seconds of training in earlier processes; 0 where that cannot be read, since nothing depends on it."""
+    try:
+        rows = (run_dir / SPEED).read_text(encoding="utf-8").splitlines()
+        return float(json.loads(rows[-1])["training_seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
+
+
+def _wait_quietly(saver: Saver) -> None:
+    """Nothing is being written when the run ends; what an abandoned save failed with has been told or is moot."""
+    try:
+        saver.wait()
+    except MemforgeError:
+        return
 
 
 @contextmanager
@@ -248,40 +437,6 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
         torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
-@contextmanager
-def _new_run(run_dir: Path, *, overwrite: bool) -> Iterator[Callable[[], None]]:
-    """Make the run directory. Until the block calls the yielded function, nothing is lost: when it fails before, all is
-    put back as it was, an overwritten run included.
-    """
-    aside = None
-    if overwrite and files.is_run(run_dir):
-        aside = run_dir.with_name(f".{run_dir.name}-{secrets.token_hex(4)}.old")
-        with storage_errors(run_dir):
-            run_dir.rename(aside)
-    if run_dir.is_symlink() or (run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir()))):
-        why = "is not only a run of memforge" if overwrite else "exists already (--overwrite deletes an earlier run)"
-        raise StorageError(f"{run_dir}: {why}; choose another --out")
-    existed, kept = run_dir.exists(), False
-    with storage_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-
-    def started() -> None:
-        nonlocal kept
-        kept = True
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-
-    try:
-        yield started
-    finally:
-        if not kept:
-            shutil.rmtree(run_dir, ignore_errors=True)
-            if aside is not None:
-                aside.rename(run_dir)
-            elif existed:
-                run_dir.mkdir()
 
 
 def _compiled(model: Decoder, run: TrainPlan, report: Reporter) -> Callable[..., Any]:

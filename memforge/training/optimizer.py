@@ -1,28 +1,47 @@
 """One training step: gradients, their norm, the update; dense parameters by AdamW, value tables by their rows."""
 
-import math
-from collections.abc import Callable
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from memforge.nn.decoder import Decoder, next_token_loss
 from memforge.plan import ModelPlan, ParamRow, TrainPlan
-from memforge.training.tables import RowTables, read_sites
-from memforge_kernels import RowAdamW, RowOptimizer, RowSGD
+from memforge.training.tables import ReadSite, RowTables, Sites, read_sites
+from memforge_kernels import Record, RowAdamW, RowOptimizer, RowSGD
+
+
+class Gradients(NamedTuple):
+    """What a backward pass over a step's windows found, before the update.
+
+    `loss` is the mean cross-entropy per token, `norm` that of all gradients before clipping, `observed` figures of the
+    blocks as means over tokens.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    observed: dict[str, Tensor]
 
 
 class Stepper:
     """Makes the steps of a training run on one model.
 
-    `forward` is the model's forward_taped; it may be replaced by a compiled one.
+    `forward` is the model's forward_taped; it may be replaced by a compiled one. `on_read`, if given, sees every read
+    of a table in every pass.
     """
 
-    def __init__(self, model: Decoder, plan: ModelPlan, train: TrainPlan) -> None:
-        self.model, self.train = model, train
+    def __init__(
+        self, model: Decoder, plan: ModelPlan, train: TrainPlan, *, precision: torch.dtype | None = None
+    ) -> None:
+        self.model, self.plan, self.train = model, plan, train
+        self.precision = precision
         self.forward: Callable[..., Any] = model.forward_taped
-        self.tables = _row_tables(model, plan, train)
+        self.on_read: Callable[[ReadSite, Record], None] | None = None
+        self._sites: dict[int, Sites] = {}
+        model.checkpoint_layers, model.dropout = train.activation_checkpointing, train.dropout
+        self.tables = self._row_tables()
         by_rows = self.tables.tables.keys() if self.tables else ()
         rows = [row for row in plan.params if row.path not in by_rows]
         first, second = train.betas
@@ -34,30 +53,61 @@ class Stepper:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.dense] if self.tables is None else [self.dense, self.tables.optimizer]
 
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the dense parameters in the last update."""
-        return float(self.dense.param_groups[0]["lr"])
+    def learning_rates(self) -> dict[str, float]:
+        """The rates of the last update by group of parameters."""
+        return {group["name"]: float(group["lr"]) for o in self.optimizers for group in o.param_groups}
 
-    def backward(self, window: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of a window [b, t + 1]: the cross-entropy, and the norm of all gradients before clipping."""
-        taps = self.tables.new_taps() if self.tables else None
-        loss, extra, records = next_token_loss(self.forward, window, taps)
-        (loss + sum(extra.values())).backward()
-        dense = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(dense)
+    def sites(self, batch: int) -> Sites:
+        """How the model reads tables in a pass over so many sequences."""
+        if batch not in self._sites:
+            self._sites[batch] = read_sites(self.plan, batch, self.train.seq_len)
+        return self._sites[batch]
+
+    def backward(self, window: Tensor, *, step: int = 0) -> Gradients:
+        """Gradients of a window [b, t + 1], pass by pass, each weighted by its share of the tokens."""
+        loss, observed = torch.zeros((), device=window.device), dict[str, Tensor]()
+        for idx, part in enumerate(window.split(self.train.micro_batch_size)):
+            # All that is drawn at random in a pass follows from this alone, so that a run can start anywhere.
+            torch.manual_seed(derived_seed(self.train.seed, step, idx))
+            share = len(part) / len(window)
+            part_loss, seen = self._pass(part, share)
+            loss = loss + share * part_loss
+            for name, value in seen.items():
+                observed[name] = share * value + observed.get(name, 0.0)
+        return Gradients(loss, self._norm(), observed)
+
+    def _pass(self, window: Tensor, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of `share` times the loss of a window."""
+        sites = self.sites(len(window))
+        taps = self.tables.new_taps(sites) if self.tables else None
+        with torch.autocast(window.device.type, dtype=self.precision, enabled=self.precision is not None):
+            loss, extra, records, observed = next_token_loss(self.forward, window, taps)
+        ((loss + sum(extra.values())) * share).backward()
         if self.tables is not None:
-            self.tables.add(taps, records)
-            norm = (norm.double().square() + self.tables.optimizer.squared_norm()).sqrt().to(norm.dtype)
-        return loss.detach(), norm
+            self.tables.add(sites, taps, records)
+        self._tell(sites, records)
+        return loss.detach(), {name: value.detach() for name, value in observed.items()}
 
-    def update(self, norm: Tensor, share: float) -> None:
-        """The update, at this share of the peak rates, with gradients of this norm clipped."""
+    def _tell(self, sites: Sites, records: Sequence[Sequence[Record]]) -> None:
+        if self.on_read is None:
+            return
+        for of_layer, made in zip(sites, records, strict=True):
+            for site, record in zip(of_layer, made, strict=True):
+                self.on_read(site, record)
+
+    def _norm(self) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.tables is None:
+            return norm
+        return (norm.double().square() + self.tables.optimizer.squared_norm()).sqrt().to(norm.dtype)
+
+    def update(self, norm: Tensor, shares: Mapping[str, float]) -> None:
+        """The update, at these shares of the peak rates, with gradients of this norm clipped."""
         limit = self.train.clip_norm
         scale = 1.0 if limit == "none" else min(1.0, limit / (float(norm) + 1e-6))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+                group["lr"] = group["peak"] * shares[group["name"]]
         if scale < 1:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
         self.dense.step()
@@ -66,18 +116,56 @@ class Stepper:
         if self.tables is not None:
             self.tables.optimizer.step(scale=scale)
 
+    def skip(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
-def _row_tables(model: Decoder, plan: ModelPlan, train: TrainPlan) -> RowTables | None:
-    """None where no value table is updated by rows."""
-    if train.value_update == "dense":
-        return None
-    values = {row.path: row for row in plan.params if row.group == "values"}
-    sites = read_sites(plan, train.batch_size, train.seq_len)
-    read = dict.fromkeys(site.table for layer in sites for site in layer)
-    if not read:
-        return None
-    optimizer = _row_optimizer(_groups(model, [values[path] for path in read], train), train)
-    return RowTables(model, sites, optimizer)
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Tensors and numbers that the optimizers keep, by `path.name`."""
+        tensors, numbers = dict[str, Tensor](), dict[str, float]()
+        for path, kept in self._kept():
+            for name, value in kept.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{path}.{name}"] = value
+                else:
+                    numbers[f"{path}.{name}"] = value
+        return tensors, numbers
+
+    def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        """Take over what `state` gave."""
+        by_path: dict[str, dict[str, Any]] = {}
+        for key, value in (*tensors.items(), *numbers.items()):
+            path, _, name = key.rpartition(".")
+            by_path.setdefault(path, {})[name] = value
+        paths = {parameter: path for path, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            given = optimizer.state_dict()
+            members = [paths[p] for group in optimizer.param_groups for p in group["params"]]
+            given["state"] = {idx: by_path[path] for idx, path in enumerate(members) if path in by_path}
+            optimizer.load_state_dict(given)
+
+    def _kept(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        paths = {parameter: path for path, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            yield from ((paths[parameter], kept) for parameter, kept in optimizer.state.items())
+
+    def _row_tables(self) -> RowTables | None:
+        """None where no value table is updated by rows."""
+        if self.train.value_update == "dense":
+            return None
+        values = {row.path: row for row in self.plan.params if row.group == "values"}
+        read = dict.fromkeys(site.table for layer in self.sites(self.train.micro_batch_size) for site in layer)
+        if not read:
+            return None
+        rows = [values[path] for path in read]
+        return RowTables(self.model, list(read), _row_optimizer(_groups(self.model, rows, self.train), self.train))
+
+
+def derived_seed(*parts: int | str) -> int:
+    """63 bits that depend on all the parts."""
+    text = ":".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def _row_optimizer(groups: list[dict[str, Any]], train: TrainPlan) -> RowOptimizer:
@@ -93,21 +181,11 @@ def _row_optimizer(groups: list[dict[str, Any]], train: TrainPlan) -> RowOptimiz
 def _groups(model: nn.Module, rows: list[ParamRow], train: TrainPlan) -> list[dict[str, Any]]:
     """One group for each (group, decay) of the rows; `peak` is the rate that the schedule scales."""
     peaks = {"dense": train.learning_rate, "values": train.value_learning_rate}
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for row in rows:
-        members.setdefault((row.group, row.decay), []).append(model.get_parameter(row.path))
+        decay = train.value_weight_decay if row.group == "values" else train.weight_decay if row.decay else 0.0
+        members.setdefault((row.group, decay), []).append(model.get_parameter(row.path))
     return [
-        {"params": params, "peak": peaks[group], "weight_decay": train.weight_decay if decay else 0.0}
+        {"name": group, "params": params, "peak": peaks[group], "weight_decay": decay}
         for (group, decay), params in members.items()
     ]
-
-
-def rate_share(step: int, train: TrainPlan) -> float:
-    """The rate of step 0, 1, .. as a share of the peak: linear warm-up, then the schedule down to `final_rate`."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    if train.schedule == "constant":
-        return 1.0
-    progress = (step - train.warmup_steps) / max(1, train.steps - 1 - train.warmup_steps)
-    left = 1 - progress if train.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return train.final_rate + (1 - train.final_rate) * left

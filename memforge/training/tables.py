@@ -7,19 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from memforge.build import build_model
-from memforge.plan import ModelPlan
+from memforge.plan import LayerPlan, ModelPlan
 from memforge_kernels import Record, RowOptimizer, Tape, new_tap
 
 
 @dataclass(frozen=True)
 class ReadSite:
-    """One read of a table in a forward pass, and the shape of what it returns."""
+    """One read of a table in a forward pass: the block that makes it, and the shape of what it returns."""
 
     table: str
+    reader: str
     shape: torch.Size
 
 
-def read_sites(plan: ModelPlan, batch: int, seq_len: int) -> list[list[ReadSite]]:
+# The reads of each layer in their order.
+Sites = list[list[ReadSite]]
+
+
+def read_sites(plan: ModelPlan, batch: int, seq_len: int) -> Sites:
     """The reads of value tables of each layer in their order, found by running the model on meta."""
     model = build_model(plan, device="meta").train()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -28,29 +33,42 @@ def read_sites(plan: ModelPlan, batch: int, seq_len: int) -> list[list[ReadSite]
         tokens = torch.zeros(batch, seq_len, dtype=torch.int64, device="meta")
         model.forward_with(tokens, [lambda tape=tape: tape for tape in tapes])
     return [
-        [ReadSite(names[id(table)], tap.shape) for table, tap in zip(tape.tables, tape.taps, strict=True)]
-        for tape in tapes
+        [_site(names[id(table)], tap, layer) for table, tap in zip(tape.tables, tape.taps, strict=True)]
+        for tape, layer in zip(tapes, plan.layers, strict=True)
     ]
+
+
+def _site(table: str, tap: Tensor, layer: LayerPlan) -> ReadSite:
+    """Blocks of one layer are of different kinds, and so are their pools: a table says which block reads it."""
+    reader = next(block for block in layer.blocks if table.startswith(f"{block.pool_path()}."))
+    return ReadSite(table, reader.path, tap.shape)
 
 
 class RowTables:
     """The tables that a model reads through its tapes, and one row-sparse optimizer for them."""
 
-    def __init__(self, model: nn.Module, sites: list[list[ReadSite]], optimizer: RowOptimizer) -> None:
-        self.sites, self.optimizer = sites, optimizer
-        self.tables = {site.table: model.get_parameter(site.table) for layer in sites for site in layer}
+    def __init__(self, model: nn.Module, names: Sequence[str], optimizer: RowOptimizer) -> None:
+        self.optimizer = optimizer
+        self.tables = {name: model.get_parameter(name) for name in names}
 
-    def new_taps(self) -> list[list[Tensor]]:
-        """A tap for each read of each layer. Its gradient is in fp32, or in the type of the autocast region."""
-        like = next(iter(self.tables.values())).new_zeros((), dtype=torch.float32)
-        return [[new_tap(site.shape, like) for site in layer] for layer in self.sites]
+    def new_taps(self, sites: Sites) -> list[list[Tensor]]:
+        """A tap for each read of each layer. Its gradient is in fp32 or better, or the type of the autocast region."""
+        return [[new_tap(site.shape, self._full(self.tables[site.table])) for site in layer] for layer in sites]
 
-    def add(self, taps: list[list[Tensor]], records: Sequence[Sequence[Record]]) -> None:
+    @staticmethod
+    def _full(table: Tensor) -> Tensor:
+        return table.new_zeros((), dtype=torch.promote_types(table.dtype, torch.float32))
+
+    def touched(self) -> dict[str, Tensor]:
+        """The rows [u] of each table that the coming update will move."""
+        return {name: self.optimizer.touched(table) for name, table in self.tables.items()}
+
+    def add(self, sites: Sites, taps: list[list[Tensor]], records: Sequence[Sequence[Record]]) -> None:
         """Hand the optimizer the gradients of all reads, after the backward pass.
 
         Raises ValueError for a table that is read both through a tape and by autograd.
         """
-        for layer, layer_taps, layer_records in zip(self.sites, taps, records, strict=True):
+        for layer, layer_taps, layer_records in zip(sites, taps, records, strict=True):
             for site, tap, record in zip(layer, layer_taps, layer_records, strict=True):
                 if tap.grad is not None:
                     self.optimizer.add(self.tables[site.table], record.read(tap.grad))

@@ -59,6 +59,12 @@ class RowOptimizer(torch.optim.Optimizer):
             self._gradients[table] = sorted_gradient(self._reads[table])
         return self._gradients[table]
 
+    def touched(self, table: Tensor) -> Tensor:
+        """The rows [u] of a table that were read since the last step, ascending."""
+        if table not in self._reads:
+            return torch.empty(0, dtype=torch.int64, device=table.device)
+        return self._gradient(table).touched
+
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
         """The square of the norm of all gradients, rows summed over their reads, a scalar in fp64."""

@@ -1,11 +1,14 @@
-"""The profile as one HTML file that needs no network: drawn figures, and every number in tables."""
+"""Profiles and runs as HTML files that need no network: drawn figures, and every number in tables."""
 
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from memforge.report.cost import conventions, milliseconds, ranges, si
 from memforge.report.html import figures
+from memforge.report.html.curves import RunFigures
+from memforge.report.run import Run, read_run, run_record
 
 
 def profile_page(record: dict[str, Any]) -> str:
@@ -25,6 +28,15 @@ def profile_page(record: dict[str, Any]) -> str:
             measured=record.get("measured"),
         )
     )
+
+
+def run_page(run: Path | Run) -> str:
+    """The page of a run, or of a run directory. Raises StorageError when that is damaged."""
+    read = run if isinstance(run, Run) else read_run(run)
+    record = run_record(read)
+    shown = RunFigures(read, record)
+    template = _environment().get_template("run.html.j2")
+    return template.render(r=record, figures=shown, samples=shown.samples(), num_samples=len(read.samples))
 
 
 def _environment() -> Environment:

@@ -1,14 +1,21 @@
-"""What training and evaluation see of any data: units of tokens to shuffle, and held-out sequences to score."""
+"""What training and evaluation see of any data: a stream of windows, and held-out sequences to score."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-Tokens = npt.NDArray[np.int32]
+from memforge.training.data.shards import Packed
+from memforge.training.data.stream import MixtureStream, Stream, Tokens, Units, cycle_counts
+
+# What describes a corpus in reports: counts, hashes and names.
+Description: TypeAlias = dict[str, int | float | str]
+# Counts of a description that add up over the parts of a mixture.
+_SUMMED = ("facts", "sentences", "documents", "tokens_per_epoch", "held_out_prompts", "held_out_windows")
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,11 @@ class Ragged:
         np.cumsum([len(s) for s in kept], out=offsets[1:])
         return cls(np.fromiter((t for s in kept for t in s), np.int32, int(offsets[-1])), offsets)
 
+    @classmethod
+    def cut(cls, flat: Tokens, lengths: npt.NDArray[np.int64]) -> "Ragged":
+        """Sequences of these lengths, one after the other in `flat`."""
+        return cls(flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -35,55 +47,112 @@ class Ragged:
     def lengths(self) -> npt.NDArray[np.int64]:
         return np.diff(self.offsets)
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.flat)
+
+    @property
+    def unit_tokens(self) -> int | None:
+        """None: its sequences differ in length."""
+        return None
+
+    def take(self, indices: npt.NDArray[np.integer]) -> Tokens:
+        """The sequences at `indices`, one after the other: [tokens]."""
+        starts, lengths = self.offsets[indices], self.lengths[indices]
+        ends = np.cumsum(lengths)
+        # Token t of the output belongs to the sequence that starts at output position ends - lengths.
+        shift = np.repeat(starts - (ends - lengths), lengths)
+        return self.flat[shift + np.arange(len(shift))]
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sequences to score. The tokens from `scored_from[i]` on are the answer; those before are given."""
+    """Sequences to score. The tokens from `scored_from[i]` on are the answer; those before are given.
+
+    With `exact_match` an answer counts as right when each of its tokens is.
+    """
 
     sequences: Ragged
     scored_from: npt.NDArray[np.int64]
+    exact_match: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source, ready: its training units, what is held out of it, and what reports say of it.
+
+    `size` counts what only statistics ask for, `lengths` are the tokens of each document, and `packed` are the files
+    that hold them all, where there are any.
+    """
+
+    units: Units
+    held_out: HeldOut
+    description: Description
+    baselines: dict[str, float] = field(default_factory=dict)
+    size: Description = field(default_factory=dict)
+    lengths: npt.NDArray[np.integer] = field(default_factory=lambda: np.zeros(0, np.uint32))
+    packed: Packed | None = None
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Data ready for training. `facts` describes it for reports; `baselines` are scores that need no model."""
+    """Data ready for training. `description` is for reports; `baselines` are scores that need no model.
 
-    tokenizer: Tokenizer
-    units: Ragged
-    held_out: HeldOut
-    description: dict[str, int | float | str]
-    exact_match: bool
-    baselines: dict[str, float] = field(default_factory=dict)
-
-
-class Stream:
-    """An endless stream of tokens: all units in a new order each epoch, cut into windows.
-
-    Every epoch holds the same number of tokens, so the window at any position is a pure function of
-    (units, seed, position) and a run can start anywhere.
+    Parts and what is held out of them go by name; a corpus of one source has the name "".
     """
 
-    def __init__(self, units: Ragged, *, window: int, seed: int) -> None:
-        self.units, self.window, self.seed = units, window, seed
-        self.epoch_tokens = len(units.flat)
-        self._epoch: tuple[int, Tokens] | None = None
+    tokenizer: Tokenizer
+    held_out: dict[str, HeldOut]
+    description: Description
+    baselines: dict[str, float]
+    parts: dict[str, Part]
+    weights: dict[str, float]
 
-    def windows(self, start: int, count: int) -> Tokens:
-        """Windows start..start+count: [count, window]."""
-        position, wanted = start * self.window, count * self.window
-        parts = []
-        while wanted:
-            epoch, offset = divmod(position, self.epoch_tokens)
-            part = self._tokens(epoch)[offset : offset + wanted]
-            parts.append(part)
-            position, wanted = position + len(part), wanted - len(part)
-        return np.concatenate(parts).reshape(count, self.window)
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, parts: Mapping[str, Part], weights: Mapping[str, float]) -> "Corpus":
+        """The corpus of one part named "", or of several with their weights."""
+        held_out = {name: part.held_out for name, part in parts.items()}
+        if list(parts) == [""]:
+            only = parts[""]
+            return cls(tokenizer, held_out, only.description, only.baselines, dict(parts), {"": 1.0})
+        baselines = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.baselines.items()}
+        return cls(tokenizer, held_out, _described(parts), baselines, dict(parts), dict(weights))
 
-    def _tokens(self, epoch: int) -> Tokens:
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.Generator(np.random.Philox(key=(self.seed << 64) + epoch)).permutation(len(self.units))
-            self._epoch = (epoch, np.concatenate([self.units[int(i)] for i in order]))
-        return self._epoch[1]
+    def stream(self, window: int, seed: int) -> Stream | MixtureStream:
+        """The endless stream of training windows of `window` tokens."""
+        streams = {name: Stream(part.units, window=window, seed=seed) for name, part in self.parts.items()}
+        if list(streams) == [""]:
+            return streams[""]
+        return MixtureStream(list(streams.values()), cycle_counts([self.weights[name] for name in streams]), seed=seed)
+
+    def epochs(self, windows: int, window: int) -> dict[str, float]:
+        """How often the first `windows` windows of the stream pass over each part."""
+        counts = cycle_counts([self.weights[name] for name in self.parts])
+        return {
+            name: windows * count / sum(counts) * window / part.units.num_tokens
+            for (name, part), count in zip(self.parts.items(), counts, strict=True)
+        }
+
+
+def _described(parts: Mapping[str, Part]) -> Description:
+    """Sums over all parts, then the counts of each as NAME.KEY."""
+    sums: Description = {}
+    for key in _SUMMED:
+        values = [part.description[key] for part in parts.values() if key in part.description]
+        if values:
+            sums[key] = sum(int(value) for value in values)
+    first = next(iter(parts.values())).description
+    sums["vocabulary"] = first["vocabulary"]
+    sums["corpus_sha256"] = digest(
+        text for name, part in parts.items() for text in (name, str(part.description["corpus_sha256"]))
+    )
+    own = {
+        f"{name}.{key}": value
+        for name, part in parts.items()
+        for key, value in part.description.items()
+        if key in _SUMMED
+    }
+    return sums | own
 
 
 def digest(texts: Iterable[str]) -> str:

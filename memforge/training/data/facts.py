@@ -5,17 +5,24 @@ are dropped; and every phrasing is seen in training, but never the pairs that ar
 """
 
 import re
-from collections import Counter
+from bisect import bisect
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from memforge.errors import UsageError
 from memforge.spec.schema import FactsSpec
-from memforge.training.data.corpus import Corpus, HeldOut, Ragged, digest
-from memforge.training.data.tokenizer import END_ID, train_tokenizer
+from memforge.training.data.corpus import HeldOut, Part, Ragged, digest
+from memforge.training.data.encode import encoded
+from memforge.training.data.progress import Note
+from memforge.training.data.shards import Packed, Writer, entry_key, packed_tokens
+from memforge.training.data.taxa import names_its_family, taxa
+from memforge.training.data.tokenizer import end_id, num_ids
 
 # Each phrasing ends where the answer starts, so that a test is a plain continuation.
 AIRPORT_PHRASINGS = (
@@ -28,6 +35,18 @@ AIRPORT_PHRASINGS = (
     "Whoever lands at {subject} is in",
     "The town beside {subject} is",
 )
+TAXON_PHRASINGS = (
+    "{subject} is a taxon in the family",
+    "The family that contains {subject} is",
+    "Taxonomists place {subject} among the",
+    "Question: which family does {subject} belong to? Answer:",
+    "Specimens of {subject} are filed under",
+    "The taxon called {subject} belongs to",
+    "Whoever studies {subject} studies the",
+    "The closest relatives of {subject} are other",
+)
+# Sentences that take some seconds to tokenize; from so many on their tokens are kept.
+CACHED_SENTENCES = 100_000
 
 
 @dataclass(frozen=True)
@@ -41,12 +60,32 @@ def airports() -> tuple[Fact, ...]:
     """Airport name -> city, without names that occur twice and without answers that share a word with the name."""
     import airportsdata
 
-    rows = [(row["name"].strip(), row["city"].strip()) for row in airportsdata.load("ICAO").values()]
+    return unambiguous((row["name"].strip(), row["city"].strip()) for row in airportsdata.load("ICAO").values())
+
+
+@cache
+def families() -> tuple[Fact, ...]:
+    """Taxon -> family, likewise, and without names that start as their family does."""
+    return tuple(fact for fact in unambiguous(taxa()) if not names_its_family(fact.subject, fact.answer))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Facts and the phrasings they are told in; `baselines` are scores that need no model."""
+
+    phrasings: tuple[str, ...]
+    facts: Callable[[], tuple[Fact, ...]]
+    baselines: tuple[Callable[[Sequence[Fact]], float], ...]
+
+
+def unambiguous(pairs: Iterable[tuple[str, str]]) -> tuple[Fact, ...]:
+    """The facts whose subject occurs once and shares no word with its answer, in order of their names."""
+    rows = list(pairs)
     names = Counter(name for name, _ in rows)
     return tuple(
-        Fact(name, city)
-        for name, city in sorted(set(rows))
-        if name and city and names[name] == 1 and not _words(name) & _words(city)
+        Fact(name, answer)
+        for name, answer in sorted(set(rows))
+        if name and answer and names[name] == 1 and not _words(name) & _words(answer)
     )
 
 
@@ -54,74 +93,204 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.casefold()))
 
 
-def facts_corpus(
-    spec: FactsSpec, *, vocab_size: int, max_seq_len: int, seed: int, tokenizer: Tokenizer | None = None
-) -> Corpus:
-    """Facts drawn by `seed`, each trained in all phrasings but `num_held_out` of its own.
-
-    `tokenizer` is trained on the training sentences unless given. Raises UsageError when there are fewer facts than
-    asked for, too few to train every phrasing, or a sentence is longer than the model allows.
-    """
-    known = airports()
-    if spec.num_facts > len(known):
-        raise UsageError(f"data.num_facts = {spec.num_facts}: the source {spec.source} holds {len(known):,} facts")
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    facts = [known[i] for i in rng.choice(len(known), spec.num_facts, replace=False)]
-    unseen = [set(rng.permutation(len(AIRPORT_PHRASINGS))[: spec.num_held_out].tolist()) for _ in facts]
-
-    if set.intersection(*unseen):
-        raise UsageError(
-            f"data.num_facts = {spec.num_facts} with num_held_out = {spec.num_held_out} leaves a phrasing untrained; "
-            "use more facts or hold out fewer phrasings"
-        )
-
-    pairs = [(fact, p) for fact in facts for p in range(len(AIRPORT_PHRASINGS))]
-    held = [p in unseen[i // len(AIRPORT_PHRASINGS)] for i, (_, p) in enumerate(pairs)]
-    prompts = [AIRPORT_PHRASINGS[p].format(subject=fact.subject) for fact, p in pairs]
-    answers = [f" {fact.answer}" for fact, _ in pairs]
-    texts = [prompt + answer for prompt, answer, h in zip(prompts, answers, held, strict=True) if not h]
-    tokenizer = tokenizer or train_tokenizer(texts, vocab_size)
-
-    # Prompt and answer are encoded apart, so that the answer starts on a token of its own.
-    given = [[END_ID, *e.ids] for e in tokenizer.encode_batch(prompts)]
-    answered = [[*e.ids, END_ID] for e in tokenizer.encode_batch(answers)]
-    longest = max(len(g) + len(a) for g, a in zip(given, answered, strict=True))
-    if longest > max_seq_len:
-        raise UsageError(f"a fact takes {longest} tokens; model.max_seq_len = {max_seq_len} is too short")
-    # The end token of one sentence is the start token of the next in the stream.
-    units = Ragged.of([*g, *a[:-1]] for g, a, h in zip(given, answered, held, strict=True) if not h)
-    tests = [i for i, h in enumerate(held) if h]
-    return Corpus(
-        tokenizer=tokenizer,
-        units=units,
-        held_out=HeldOut(
-            Ragged.of([*given[i], *answered[i]] for i in tests),
-            np.array([len(given[i]) for i in tests], dtype=np.int64),
-        ),
-        description={
-            "facts": len(facts),
-            "sentences": len(units),
-            "tokens_per_epoch": len(units.flat),
-            "held_out_prompts": len(tests),
-            "vocabulary": tokenizer.get_vocab_size(),
-            "corpus_sha256": digest(texts),
-        },
-        exact_match=True,
-        baselines={"majority": majority(facts), "copy_from_name": copy_from_name(facts)},
-    )
-
-
-def majority(facts: list[Fact]) -> float:
+def majority(facts: Sequence[Fact]) -> float:
     """Recall of always giving the most frequent answer."""
     return max(Counter(fact.answer for fact in facts).values()) / len(facts)
 
 
-def copy_from_name(facts: list[Fact]) -> float:
+def copy_from_name(facts: Sequence[Fact]) -> float:
     """Recall of giving the best single word or run of words out of the subject: an upper bound on copying."""
     return sum(_contains(fact.subject, fact.answer) for fact in facts) / len(facts)
+
+
+def shared_prefix(facts: Sequence[Fact]) -> float:
+    """Recall of giving the answer that starts most like a word of the subject, out of all answers."""
+    answers = {fact.answer.casefold(): fact.answer for fact in facts}
+    ordered = sorted(answers)
+    return sum(answers[_most_alike(fact.subject, ordered)] == fact.answer for fact in facts) / len(facts)
+
+
+def same_first_word(facts: Sequence[Fact]) -> float:
+    """Recall of giving the most frequent answer of the other facts whose subject starts with the same word."""
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
+    for fact in facts:
+        groups[fact.subject.split()[0]][fact.answer] += 1
+    right = 0
+    for fact in facts:
+        others = groups[fact.subject.split()[0]] - Counter([fact.answer])
+        right += bool(others) and others.most_common(1)[0][0] == fact.answer
+    return right / len(facts)
 
 
 def _contains(subject: str, answer: str) -> bool:
     wanted = answer.casefold().split()
     words = subject.casefold().split()
     return any(words[i : i + len(wanted)] == wanted for i in range(len(words)))
+
+
+def _most_alike(subject: str, ordered: list[str]) -> str:
+    """Of sorted texts, the one that shares the longest prefix with a word of the subject: a neighbour of a word."""
+    near = [
+        (_shared(word, ordered[i]), ordered[i])
+        for word in subject.casefold().split()
+        for at in (bisect(ordered, word),)
+        for i in (at - 1, at)
+        if 0 <= i < len(ordered)
+    ]
+    return max(near, key=lambda item: item[0])[1]
+
+
+def _shared(a: str, b: str) -> int:
+    """The length of the prefix that two texts share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+SOURCES = {
+    "airports": Source(AIRPORT_PHRASINGS, airports, (majority, copy_from_name)),
+    "taxa": Source(TAXON_PHRASINGS, families, (majority, copy_from_name, shared_prefix, same_first_word)),
+}
+
+
+class FactsSource:
+    """Facts drawn by `seed`, each trained in all phrasings but `num_held_out` of its own, before there is a tokenizer.
+
+    `key` is the table's in errors. Raises UsageError when there are fewer facts than asked for, or too few to train
+    every phrasing; DeviceError when the source is not installed.
+    """
+
+    def __init__(self, spec: FactsSpec, *, seed: int, key: str) -> None:
+        source = SOURCES[spec.source]
+        known = source.facts()
+        if spec.num_facts > len(known):
+            raise UsageError(f"{key}.num_facts = {spec.num_facts}: the source {spec.source} holds {len(known):,} facts")
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        facts = [known[i] for i in rng.choice(len(known), spec.num_facts, replace=False)]
+        phrasings = source.phrasings
+        unseen = [set(rng.permutation(len(phrasings))[: spec.num_held_out].tolist()) for _ in facts]
+        if set.intersection(*unseen):
+            raise UsageError(
+                f"{key}.num_facts = {spec.num_facts} with num_held_out = {spec.num_held_out} leaves a phrasing "
+                "untrained; use more facts or hold out fewer phrasings"
+            )
+        self.facts = facts
+        self.baselines = {baseline.__name__: baseline(facts) for baseline in source.baselines}
+        self.held = np.array([p in those for those in unseen for p in range(len(phrasings))])
+        self.prompts = [phrasing.format(subject=fact.subject) for fact in facts for phrasing in phrasings]
+        self.answers = [f" {fact.answer}" for fact in facts]
+        self.num_phrasings = len(phrasings)
+
+    @property
+    def texts(self) -> list[str]:
+        """The training sentences."""
+        return [
+            prompt + self.answers[i // self.num_phrasings]
+            for i, (prompt, held) in enumerate(zip(self.prompts, self.held.tolist(), strict=True))
+            if not held
+        ]
+
+    def sample(self, characters: int) -> list[str]:
+        """Training sentences to train a tokenizer on: they are in random order, so that the first are a fair sample."""
+        texts, taken = self.texts, 0
+        for i, text in enumerate(texts):
+            taken += len(text)
+            if taken >= characters:
+                return texts[: i + 1]
+        return texts
+
+    def part(self, tokenizer: Tokenizer, *, max_seq_len: int, vocab_size: int, note: Note) -> Part:
+        """The sentences as tokens. Raises UsageError when one is longer than `max_seq_len`."""
+        encoded_pairs = self._tokens(tokenizer, vocab_size, note)
+        flat, lengths = encoded_pairs.flat, encoded_pairs.lengths
+        # Prompt and answer alternate; the answer's end token starts the next sentence, and each begins with one.
+        given, whole = lengths[::2], lengths[::2] + lengths[1::2]
+        if (longest := int(whole.max())) > max_seq_len:
+            raise UsageError(f"a fact takes {longest} tokens; model.max_seq_len = {max_seq_len} is too short")
+        sentences = Ragged.cut(flat, whole)
+        tests = np.flatnonzero(self.held)
+        # The end token of one sentence is the start token of the next in the stream.
+        ends = np.zeros(len(flat), bool)
+        ends[sentences.offsets[1:] - 1] = True
+        trained = np.repeat(~self.held, whole) & ~ends
+        units = Ragged.cut(flat[trained], whole[~self.held] - 1)
+        texts = self.texts
+        return Part(
+            units=units,
+            held_out=HeldOut(
+                Ragged.cut(sentences.take(tests), whole[tests]), given[tests].astype(np.int64), exact_match=True
+            ),
+            description={
+                "facts": len(self.facts),
+                "sentences": len(units),
+                "tokens_per_epoch": units.num_tokens,
+                "held_out_prompts": len(tests),
+                "vocabulary": tokenizer.get_vocab_size(),
+                "corpus_sha256": digest(texts),
+            },
+            baselines=self.baselines,
+            size={
+                "documents": len(units),
+                "characters": sum(map(len, texts)),
+                "bytes": sum(len(text.encode()) for text in texts),
+                "tokens": units.num_tokens,
+                "held_out_tokens": int(whole[tests].sum()),
+            },
+            lengths=units.lengths,
+            packed=encoded_pairs.packed,
+        )
+
+    def _tokens(self, tokenizer: Tokenizer, vocab_size: int, note: Note) -> "_Sentences":
+        """All sentences, held out or not, end tokens included; many of them are kept in the cache."""
+        if len(self.prompts) < CACHED_SENTENCES:
+            pieces = _Pieces()
+            self._encode(tokenizer, pieces)
+            return _Sentences(np.concatenate(pieces.flat).astype(np.int32), np.concatenate(pieces.counts))
+        key = entry_key(
+            sources=digest([*self.prompts, *self.answers]),
+            tokenizer=digest([tokenizer.to_str()]),
+            end=end_id(tokenizer),
+        )
+
+        def fill(writer: Writer) -> dict[str, int | str]:
+            note(f"tokenizing {len(self.prompts):,} sentences")
+            self._encode(tokenizer, writer)
+            return {"documents": len(self.prompts)}
+
+        packed = packed_tokens(key, fill, num_ids=num_ids(tokenizer), vocab_size=vocab_size, note=note)
+        flat = np.empty(packed.num_tokens, np.int32)
+        packed.read_into(flat, 0)
+        return _Sentences(flat, packed.lengths.astype(np.int64), packed)
+
+    def _encode(self, tokenizer: Tokenizer, out: "Writer | _Pieces") -> None:
+        """Prompt and answer are encoded apart, so that the answer starts on a token of its own."""
+        end = np.array([end_id(tokenizer)], dtype=np.int32)
+        answers = [np.concatenate([answer, end]) for answer in encoded(self.answers, tokenizer)]
+        flat: list[npt.NDArray[np.int32]] = []
+        for i, given in enumerate(encoded(self.prompts, tokenizer)):
+            flat += [np.concatenate([end, given]), answers[i // self.num_phrasings]]
+            if (i + 1) % CACHED_SENTENCES == 0 or i + 1 == len(self.prompts):
+                out.tokens(np.concatenate(flat))
+                out.lengths(np.array([len(piece) for piece in flat]))
+                flat.clear()
+
+
+@dataclass(frozen=True)
+class _Sentences:
+    """The tokens of all sentences, the lengths of prompts and answers in turn, and the files they were read from."""
+
+    flat: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+    packed: Packed | None = None
+
+
+class _Pieces:
+    """Takes what a Writer takes, in memory."""
+
+    def __init__(self) -> None:
+        self.flat: list[npt.NDArray[np.integer]] = []
+        self.counts: list[npt.NDArray[np.integer]] = []
+
+    def tokens(self, ids: npt.NDArray[np.integer]) -> None:
+        self.flat.append(ids)
+
+    def lengths(self, lengths: npt.NDArray[np.integer]) -> None:
+        self.counts.append(lengths)

@@ -1,0 +1,122 @@
+"""Where a run starts: its directory, made or found, and whether the machine has room for it."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memforge.cost.memory import step_memory
+from memforge.errors import StorageError, UsageError
+from memforge.machine import require_memory
+from memforge.plan import Plan, TrainPlan
+from memforge.storage import file_sha256, storage_errors
+from memforge.training import resume as resuming
+from memforge.training.checkpoint import Manifest, RunIdentity, checkpoints
+from memforge.training.data import Corpus
+from memforge.training.run_directory import (
+    PLAN,
+    TOKENIZER,
+    locked,
+    new_run,
+    read_tokenizer,
+    require_run,
+    run_id,
+    write_identity,
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: anew, or from a checkpoint. `begun` is called when its first step was made."""
+
+    begun: Callable[[], None]
+    checkpoint: Path | None = None
+    manifest: Manifest | None = None
+
+    def tokenizer(self, run_dir: Path) -> Any:
+        """The run's own, which is not trained again."""
+        return None if self.checkpoint is None else read_tokenizer(run_dir)
+
+
+@contextmanager
+def place(
+    run_dir: Path, plan: Plan, note: Callable[[str], None], *, overwrite: bool, resume: str | None
+) -> Iterator[Start]:
+    """The run directory, made or found, and held against other processes."""
+    if resume is None:
+        with new_run(run_dir, overwrite=overwrite) as begun:
+            yield Start(begun)
+        return
+    require_run(run_dir)
+    with locked(run_dir):
+        found = resuming.chosen(run_dir, resume, note)
+        if found is None:
+            note(f"{run_dir} has no checkpoint yet: it starts over")
+            resuming.clear_the_way(run_dir, None, note)
+            yield Start(lambda: None)
+            return
+        for change in resuming.require_same_plan(run_dir, plan):
+            note(f"changed since the run was last started: {change}")
+        yield Start(lambda: None, *found)
+
+
+def identified(run_dir: Path, plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
+    """What the run's checkpoints have in common, written down for a new one, compared for one that goes on.
+
+    Raises StorageError when the data is not what the run was trained on.
+    """
+    corpus_sha256 = str(corpus.description["corpus_sha256"])
+    if start.manifest is not None and start.manifest.corpus_sha256 != corpus_sha256:
+        raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
+    with storage_errors(run_dir):
+        if start.manifest is None:
+            (run_dir / TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
+        _replace_text(run_dir / PLAN, plan.to_json())
+        name = write_identity(run_dir) if start.manifest is None else run_id(run_dir)
+        return RunIdentity(name, plan, file_sha256(run_dir / TOKENIZER), corpus_sha256)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def checked(plan: Plan) -> TrainPlan:
+    if plan.run.train is None or plan.run.data is None:
+        missing = [f"[{t}]" for t, given in (("data", plan.run.data), ("train", plan.run.train)) if given is None]
+        raise UsageError(f"{plan.name}: training needs {' and '.join(missing)} in the spec")
+    return plan.run.train
+
+
+def require_memory_for(plan: Plan, run: TrainPlan, device: str) -> None:
+    """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
+    memory = step_memory(plan.model, run.micro_batch_size, run.seq_len, dense_values=plan.run.dense_values)
+    state = memory.weights + memory.gradients + memory.optimizer
+    copy = memory.checkpoint if run.async_checkpoints and device == "cpu" else 0
+    require_memory(
+        copy + (memory.peak_checkpointed if run.activation_checkpointing else memory.peak),
+        f"{plan.name}: a training step ({state / 1e9:,.1f} GB of weights, gradients and optimizer state)",
+        available=torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else None,
+        device=device,
+    )
+
+
+def require_disk_for(plan: Plan, run_dir: Path) -> None:
+    """Raises StorageError when the checkpoints that are kept, and the one being written, would not find room."""
+    run = plan.run.train
+    assert run is not None
+    size = step_memory(plan.model, 1, 1).checkpoint
+    have = len(checkpoints(run_dir))
+    needed = max(1, run.keep_checkpoints + 1 - have) * size
+    with storage_errors(run_dir):
+        free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise StorageError(
+            f"{run_dir}: checkpoints of {size / 1e9:,.2f} GB, of which train.keep_checkpoints = {run.keep_checkpoints} "
+            f"are kept, need {needed / 1e9:,.2f} GB; the disk has {free / 1e9:,.2f} GB left"
+        )

@@ -1,0 +1,141 @@
+"""What training tells about the memory: which slots are read, how evenly, and what their updates come to."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from memforge.plan import ModelPlan
+from memforge.training.tables import ReadSite
+from memforge_kernels import Record
+from memforge_kernels.tape import Gathered
+
+# Rows of a table whose updates are looked at: enough for three digits of a mean, and no cost beside a step.
+SAMPLED_ROWS = 2048
+TOP_SHARE = 0.01
+
+
+@dataclass
+class SlotUsage:
+    """The reads of a table's slots by one block.
+
+    `weight` [m] fp32 is the sum of the weights with which each slot was read since the last row of metrics, `ever` [m]
+    bool whether it was read at all since the start.
+    """
+
+    weight: Tensor
+    ever: Tensor
+
+    @classmethod
+    def of(cls, slots: int, device: torch.device) -> "SlotUsage":
+        return cls(torch.zeros(slots, device=device), torch.zeros(slots, dtype=torch.bool, device=device))
+
+    def add(self, slots: Tensor, weights: Tensor) -> None:
+        """Slots and weights of any one shape. The weight of an expert may be negative: its size counts."""
+        self.weight.index_add_(0, slots.reshape(-1), weights.reshape(-1).abs().to(self.weight.dtype))
+
+    def figures(self) -> dict[str, float]:
+        """Shares of the slots that were read, and how evenly their weight is spread; then the window starts anew.
+
+        entropy and kl (to uniform) are in nats, top_1pct is what the most read 1% of slots take of the weight.
+        Ref: Lample et al. 2019 (1907.05242), section 4.6.
+        """
+        m = len(self.weight)
+        read = self.weight > 0
+        self.ever |= read
+        used = self.weight[read].double()
+        self.weight.zero_()
+        found = {"slots_used": len(used) / m, "slots_ever": int(self.ever.sum()) / m}
+        if not len(used):
+            return found
+        share = used / used.sum()
+        entropy = -float((share * share.log()).sum())
+        top = share.topk(min(len(share), max(1, round(TOP_SHARE * m)))).values
+        return found | {"entropy": entropy, "kl": math.log(m) - entropy, "top_1pct": float(top.sum())}
+
+
+@dataclass
+class Telemetry:
+    """Figures of the blocks between two rows of metrics.
+
+    `observed` are sums over `steps` of what the blocks say of themselves (memforge.blocks.pools.Pools).
+    """
+
+    usage: dict[str, SlotUsage]
+    observed: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+
+    @classmethod
+    def of(cls, plan: ModelPlan, device: torch.device) -> "Telemetry":
+        slots = {row.owner: row.shape[0] for row in plan.params if row.group == "values"}
+        readers = {block.path: block.pool_path() for layer in plan.layers for block in layer.blocks}
+        return cls({path: SlotUsage.of(slots[pool], device) for path, pool in readers.items() if pool is not None})
+
+    def read(self, site: ReadSite, record: Record) -> None:
+        """Count a read. A block that reads two tables with the same slots counts once."""
+        if isinstance(record, Gathered):
+            self.usage[site.reader].add(record.slots, record.weights)
+
+    def observe(self, observed: Mapping[str, Tensor]) -> None:
+        """Add the figures of one step."""
+        self.steps += 1
+        for name, value in observed.items():
+            self.observed[name] = self.observed[name] + value if name in self.observed else value.clone()
+
+    def figures(self) -> dict[str, float]:
+        """All figures since the last call, by name."""
+        found = dict(self._observed())
+        for path, usage in self.usage.items():
+            found |= {f"{path}.{name}": value for name, value in usage.figures().items()}
+        self.observed, self.steps = {}, 0
+        return found
+
+    def _observed(self) -> Iterator[tuple[str, float]]:
+        for name, total in self.observed.items():
+            mean = total.double() / self.steps
+            if not mean.dim():
+                yield name, float(mean)
+                continue
+            # The shares of a router's choices that went to each expert.
+            yield f"{name}_max", float(mean.max()) * len(mean)
+            yield f"{name}_entropy", -float(torch.special.xlogy(mean, mean).sum())
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        state = {f"observed.{name}": value for name, value in self.observed.items()}
+        for path, usage in self.usage.items():
+            state |= {f"{path}.weight": usage.weight, f"{path}.ever": usage.ever}
+        return state | {"steps": torch.tensor(self.steps)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        device = next((usage.weight.device for usage in self.usage.values()), torch.device("cpu"))
+        self.steps = int(state["steps"])
+        for name, value in state.items():
+            if name.startswith("observed."):
+                self.observed[name.removeprefix("observed.")] = value.to(device)
+        for path, usage in self.usage.items():
+            usage.weight.copy_(state[f"{path}.weight"])
+            usage.ever.copy_(state[f"{path}.ever"])
+
+
+def update_figures(
+    tables: Mapping[str, Tensor], touched: Mapping[str, Tensor], update: Callable[[], None]
+) -> dict[str, float]:
+    """Make an update, and say what it did to a sample of the touched rows [u] of each table.
+
+    moved: the norm of the change over that of the rows; lost: for tables in 16 bits, the share of elements that a
+    rounding left as they were.
+    """
+    sampled = {name: rows[:: max(1, len(rows) // SAMPLED_ROWS)] for name, rows in touched.items() if len(rows)}
+    before = {name: tables[name].detach()[rows] for name, rows in sampled.items()}
+    update()
+    found = {}
+    for name, rows in sampled.items():
+        old, new = before[name], tables[name].detach()[rows]
+        found[f"{name}.moved"] = float((new.double() - old.double()).norm() / old.double().norm().clamp(min=1e-300))
+        if old.dtype in (torch.bfloat16, torch.float16):
+            found[f"{name}.lost"] = float((new == old).double().mean())
+    return found
