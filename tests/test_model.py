@@ -71,9 +71,9 @@ def test_equal_plans_and_seeds_give_bit_equal_models(small: Path) -> None:
     assert not torch.equal(one["embedding.weight"], other["embedding.weight"])
 
 
-@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("kind", ["normal", "uniform", "sphere"])
 def test_any_slice_is_drawn_alone(kind: str) -> None:
-    init = Init(kind=kind, scale=0.5)
+    init = Init(kind=kind, scale=0.5, width=10)
     whole = draws(init, 3, "x", 0, 1000)
     for start, count in ((0, 1), (1, 7), (6, 11), (997, 3)):
         assert torch.equal(draws(init, 3, "x", start, count), whole[start : start + count])
@@ -88,6 +88,21 @@ def test_draws_have_the_distribution_they_name() -> None:
     assert normal.div(2).pow(4).mean().sub(3).abs() < 0.1
     assert uniform.abs().max() < 2
     assert uniform.std().sub(2 / 3**0.5).abs() < 0.01
+
+
+def test_keys_on_a_sphere_have_one_length_and_no_direction_in_common(small: Path) -> None:
+    plans = [
+        make_plan(load_spec(small, overrides=[f"place.0.block.key_init={name}", "pool.facts.num_sub_keys=200"])).model
+        for name in ("sphere", "uniform")
+    ]
+    sphere, uniform = (build_model(plan).layers[0].memory.sub_keys.detach() for plan in plans)
+    lengths = sphere.norm(dim=-1)
+    assert lengths.sub(lengths.mean()).abs().max() < 1e-6 * lengths.mean()
+    assert lengths.square().mean().sqrt() == pytest.approx(float(uniform.square().sum(-1).mean().sqrt()), rel=0.05)
+    assert uniform.norm(dim=-1).std() > 0.05 * lengths.mean()
+    directions = (sphere / lengths[..., None]).flatten(0, 2)
+    # 800 unit vectors in 8 dimensions: their mean is as long as that of so many random ones, 1 / sqrt(800).
+    assert directions.mean(dim=0).norm() < 3 / 800**0.5
 
 
 def naive_memory(block: nn.Module, values: Tensor, x: Tensor) -> Tensor:
@@ -140,7 +155,7 @@ def test_moe_is_the_weighted_sum_of_its_chosen_experts(small: Path) -> None:
     model = build_model(make_plan(load_spec(small)).model, seed=0).double()
     moe = model.get_submodule("layers.3.moe")
     x = torch.randn(1, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y, losses = moe(x, model.get_submodule("pool"))
+    y, losses = moe(x, Pools(model.get_submodule("pool")))
     probs = moe.router(x[0]).softmax(-1)
     expected = torch.zeros(9, 32, dtype=torch.float64)
     for i, token in enumerate(x[0]):
@@ -150,7 +165,7 @@ def test_moe_is_the_weighted_sum_of_its_chosen_experts(small: Path) -> None:
     assert torch.allclose(y[0], expected, rtol=1e-10, atol=1e-12)
     share = torch.bincount(probs.topk(2).indices.flatten(), minlength=4) / 18
     assert losses["load_balance"].item() == pytest.approx(0.01 * 4 * (share * probs.mean(0)).sum().item(), rel=1e-5)
-    assert moe.eval()(x, model.get_submodule("pool"))[1] == {}
+    assert moe.eval()(x, Pools(model.get_submodule("pool")))[1] == {}
 
 
 def test_tied_embeddings_are_one_parameter(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(path / "spec.toml", SPEC)
     write(path / "typo.toml", SPEC.replace("num_heads = 4\n", "num_head = 4\n").replace("top_k = 16", "top_k = 128"))
     (path / "specs").symlink_to(REPO / "specs")
+    for page in REPO.glob("docs/*.md"):
+        write(path / "my-texts" / f"{page.stem}.txt", page.read_text(encoding="utf-8"))
     return path
 
 
@@ -30,7 +32,8 @@ def test_every_command_line_works(directory: Path) -> None:
     lines = [line[2:] for console in CONSOLES for line in console if line.startswith("$ memforge ")]
     assert len(lines) >= 10
     for line in lines:
-        done = memforge(*shlex.split(line)[1:], cwd=directory)
+        short = ("--max-steps", 3) if "text-demo" in line else ()
+        done = memforge(*shlex.split(line)[1:], *short, cwd=directory)
         expected = 2 if "typo" in line else 1 if line in FAILING else 0
         assert done.returncode == expected, (line, done.stderr)
 

@@ -35,10 +35,14 @@ class PlanModel(BaseModel):
 
 
 class Init(PlanModel):
-    """How a parameter starts: normal(std = scale), uniform(+-scale), or the constant `scale`."""
+    """How a parameter starts: normal(std = scale), uniform(+-scale), the constant `scale`, or on a sphere.
 
-    kind: Literal["normal", "uniform", "constant"]
+    On a sphere every `width` elements have a random direction and this root mean square.
+    """
+
+    kind: Literal["normal", "uniform", "constant", "sphere"]
     scale: float
+    width: int = 1
 
 
 def normal(std: float) -> Init:
@@ -47,6 +51,10 @@ def normal(std: float) -> Init:
 
 def uniform(bound: float) -> Init:
     return Init(kind="uniform", scale=bound)
+
+
+def sphere(rms: float, width: int) -> Init:
+    return Init(kind="sphere", scale=rms, width=width)
 
 
 def constant(value: float) -> Init:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memforge.blocks.base import Init
+from memforge.blocks.base import Init, normal
 
 # Elements drawn at a time: 2**22 doubles are 32 MiB. A multiple of the 4 draws that one Philox counter gives.
 CHUNK = 2**22
@@ -22,6 +22,11 @@ def draws(init: Init, seed: int, name: str, start: int, count: int) -> Tensor:
     """Elements start..start+count of the flat parameter, [count] in fp64 on the CPU."""
     if init.kind == "constant":
         return torch.full((count,), init.scale, dtype=torch.float64)
+    if init.kind == "sphere":
+        first, last = start // init.width, -(-(start + count) // init.width)
+        rows = draws(normal(1.0), seed, name, first * init.width, (last - first) * init.width).view(-1, init.width)
+        rows *= init.scale / rows.square().mean(dim=1, keepdim=True).sqrt()
+        return rows.view(-1)[start - first * init.width :][:count]
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
     generator = np.random.Philox(key=key)
     generator.advance(start // 4)

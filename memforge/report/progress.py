@@ -53,9 +53,11 @@ class RunReporter:
             self.progress.start()
 
     def row(self, metrics: Mapping[str, Any], speed: Mapping[str, Any], total_steps: int) -> None:
-        step, rate = metrics["step"], speed["tokens_per_second"]
-        text = f"loss {metrics['loss']:.4f}  " if "loss" in metrics else ""
-        text += f"{rate:,.0f} tokens/s" + (f"  {speed['mfu']:.1%} of peak FLOPs" if "mfu" in speed else "")
+        step, rate = metrics["step"], speed.get("tokens_per_second")
+        parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        parts += [f"{rate:,.0f} tokens/s"] if rate else []
+        parts += [f"{speed['mfu']:.1%} of peak FLOPs"] if "mfu" in speed else []
+        text = "  ".join(parts)
         scores = "".join(
             f"  {name.replace('_', ' ')} {value:.4f}"
             for name, value in metrics.items()
@@ -66,8 +68,8 @@ class RunReporter:
             if scores:
                 self.note(f"step {step}  {text}{scores}")
             return
-        left = (total_steps - step) * metrics["tokens"] / step / rate
-        self.note(f"step {step}/{total_steps}  {text}  ETA {left:.0f} s{scores}")
+        left = f"  ETA {(total_steps - step) * metrics['tokens'] / step / rate:.0f} s" if rate else ""
+        self.note(f"step {step}/{total_steps}  {text}{left}{scores}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self.note(f"step {step}  {prompt.strip()} -> {text.strip()}")

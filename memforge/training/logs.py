@@ -89,7 +89,8 @@ class Logs:
 
     def row(self, metrics: Mapping[str, Any], speed: Mapping[str, Any]) -> None:
         self.metrics.append(metrics)
-        self.speed.append(speed)
+        if speed:
+            self.speed.append(speed)
         numbers = {k: v for k, v in {**metrics, **speed}.items() if not isinstance(v, bool) and k != "step"}
         for sink in self.sinks:
             sink.row(metrics["step"], numbers)

@@ -325,10 +325,12 @@ class _Trainer:
         self.report.row(self.last, speed, self.spec.steps)
 
     def speed(self) -> dict[str, Any]:
-        """How fast the steps since the last row were; scoring and saving are not training."""
+        """How fast the steps since the last row were, if this process made any; scoring and saving are not training."""
         now = time.perf_counter()
         seconds = max(now - self.logged - self.not_training, 1e-9)
         steps = self.step - self._logged_step
+        if not steps:
+            return {}
         self._logged_step = self.step
         self.training_seconds += seconds
         row = {

@@ -1,12 +1,13 @@
 """What memory and PEER blocks share: product-key retrieval over a pool (Lample et al. 2019, 1907.05242)."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from memforge.blocks.base import (
     DType,
+    Init,
     KindPlan,
     KindSpec,
     OpCost,
@@ -20,6 +21,7 @@ from memforge.blocks.base import (
     matmul_cost,
     norm,
     norm_saved,
+    sphere,
     uniform,
     unknown,
 )
@@ -32,6 +34,9 @@ SubKeys = Annotated[int, Field(ge=1, le=2**16)]
 
 # What memforge_kernels.product_key_topk.cpu holds of them.
 SCORES_AT_A_TIME = 2**22
+
+
+KeyInit = Literal["uniform", "sphere"]
 
 
 class ProductKeyPoolSpec(KindSpec):
@@ -52,6 +57,9 @@ class ProductKeySpec(KindSpec):
     top_k: Annotated[int, Field(ge=1, le=1024)] = Field(description="slots read per head")
     key_dim: Annotated[int, Field(ge=2, le=2**16)] = Field(description="width of a query, both halves together")
     qk_norm: bool = Field(False, description="RMSNorm on query halves and sub-keys")
+    key_init: KeyInit = Field(
+        "uniform", description="sub-keys of each head start uniform in a cube, or as directions of one length (sphere)"
+    )
     num_sub_keys: SubKeys | None = Field(None, description="of the block's own pool, when it names none")
     dtype: DType | None = Field(None, description="of the block's own pool")
 
@@ -122,6 +130,7 @@ class ProductKeyPlan(KindPlan):
     top_k: int
     key_dim: int
     qk_norm: bool
+    key_init: KeyInit
     num_sub_keys: int
     dtype: DType
 
@@ -138,9 +147,14 @@ class ProductKeyPlan(KindPlan):
         return (
             # Xavier uniform: sqrt(6 / (fan_in + fan_out)); the bias as torch starts it, 1 / sqrt(fan_in).
             *linear("query", d, query_dim, uniform((6 / (d + query_dim)) ** 0.5), bias=uniform(d**-0.5)),
-            Param("sub_keys", (self.num_heads, 2, self.num_sub_keys, half), uniform(self.key_dim**-0.5)),
+            Param("sub_keys", (self.num_heads, 2, self.num_sub_keys, half), self._key_start()),
             *norms,
         )
+
+    def _key_start(self) -> Init:
+        """Of equal root mean square either way: sqrt(3) below the bound of a uniform distribution."""
+        bound, half = self.key_dim**-0.5, self.key_dim // 2
+        return uniform(bound) if self.key_init == "uniform" else sphere(bound / 3**0.5, half)
 
     def key_costs(self, n: int) -> tuple[OpCost, ...]:
         """Both halves score s sub-keys of key_dim / 2 channels. Only the k selected rows of each half have a gradient,
