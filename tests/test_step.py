@@ -9,6 +9,7 @@ import torch
 from conftest import SMALL, write
 from test_tables import PEER, gradients
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memforge.build import build_model
 from memforge.plan import Plan, TrainPlan, make_plan
@@ -210,3 +211,27 @@ def test_a_hidden_nan_is_in_the_norm(tmp_path: Path) -> None:
     with torch.no_grad():
         stepper.model.get_parameter("pool.facts.values").fill_(math.nan)
     assert not math.isfinite(float(stepper.backward(window(4)).norm))
+
+
+class Searches(TorchDispatchMode):
+    """Counts searches for slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += func == torch.ops.memforge.product_key_topk.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_that_runs_again_does_not_search_again(tmp_path: Path) -> None:
+    made = []
+    for checkpointing in ("false", "true"):
+        plan, run = planned(tmp_path, f"train.activation_checkpointing={checkpointing}")
+        stepper = Stepper(build_model(plan.model, seed=3).train(), plan.model, run)
+        stepper.sites(4)  # finds the reads on meta
+        with Searches() as searches:
+            stepper.backward(window(4))
+        made.append(searches.made)
+    assert made == [3, 3]

@@ -227,6 +227,10 @@ class KindPlan(PlanModel):
         """What training keeps for the backward pass, besides the input of the block."""
         raise NotImplementedError
 
+    def chosen(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        """What a layer that runs again for its backward pass keeps of the block, besides the layer's input."""
+        return ()
+
     def scratch(self, batch: int, seq_len: int) -> Scratch:
         return Scratch()
 

@@ -76,9 +76,9 @@ def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, dense_values: bool
     optimizer = sum(row.numel * state_bytes(row) for row in plan.params)
     frame = list(frame_saved(plan, batch, seq_len))
     layers = [list(layer_saved(layer, plan.dim, batch, seq_len)) for layer in plan.layers]
-    inputs = FP32 * batch * seq_len * plan.dim * plan.num_layers
+    inputs = [FP32 * batch * seq_len * plan.dim + chosen_bytes(layer, batch, seq_len) for layer in plan.layers]
     saved, gradients = [_bytes(layer) for layer in layers], _Gradients(plan, batch, seq_len, dense_values)
-    step = _Step(plan, batch, seq_len, saved, _bytes(frame), gradients)
+    step = _Step(plan, batch, seq_len, saved, inputs, _bytes(frame), gradients)
     peak, phase = max(step.timeline(checkpointed=False))
     peak_checkpointed, phase_checkpointed = max(step.timeline(checkpointed=True))
     return StepMemory(
@@ -86,7 +86,7 @@ def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, dense_values: bool
         gradients=gradients.total,
         optimizer=optimizer,
         activations=_bytes(frame) + sum(saved),
-        activations_checkpointed=_bytes(frame) + inputs,
+        activations_checkpointed=_bytes(frame) + sum(inputs),
         peak=weights + optimizer + peak,
         peak_in=phase,
         peak_checkpointed=weights + optimizer + peak_checkpointed,
@@ -94,6 +94,11 @@ def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, dense_values: bool
         checkpoint=weights + optimizer,
         by_kind=_by_kind(plan, gradients, [*frame, *(pair for layer in layers for pair in layer)]),
     )
+
+
+def chosen_bytes(layer: LayerPlan, batch: int, seq_len: int) -> int:
+    """What a layer keeps besides its input when it runs again for its backward pass."""
+    return _bytes([("", saved) for part in layer.parts for saved in part.chosen(batch, seq_len)])
 
 
 def _bytes(saved: list[tuple[str, Saved]]) -> int:
@@ -178,12 +183,15 @@ def _sorting(plan: ModelPlan, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class _Step:
-    """What is needed to follow the memory of one step; `saved` of each layer, `frame` outside of them."""
+    """What is needed to follow the memory of one step; `saved` of each layer, `inputs` if it runs again, `frame` outside
+    of them.
+    """
 
     plan: ModelPlan
     batch: int
     seq_len: int
     saved: list[int]
+    inputs: list[int]
     frame: int
     gradients: _Gradients
 
@@ -194,11 +202,17 @@ class _Step:
         for alive, phase in self._phases(checkpointed=checkpointed):
             yield alive + kept, phase
 
+    def _kept_twice(self, layer_idx: int) -> int:
+        """Of what a layer keeps when it runs again, the bytes that its backward pass would keep anyway."""
+        shape = (self.batch, self.seq_len)
+        parts = self.plan.layers[layer_idx].parts
+        return sum(saved.bytes for part in parts for saved in part.chosen(*shape) if saved in part.saved(*shape))
+
     def _phases(self, *, checkpointed: bool) -> Iterator[tuple[int, str]]:
         plan, n = self.plan, self.batch * self.seq_len
         stream, logits = FP32 * n * plan.dim, FP32 * n * plan.vocab_size
         tokens = 2 * INT64 * self.batch * (self.seq_len + 1)  # the window and the targets
-        kept = list(accumulate(stream if checkpointed else saved for saved in self.saved))
+        kept = list(accumulate(self.inputs if checkpointed else self.saved))
         scratch = [[part.scratch(self.batch, self.seq_len) for part in layer.parts] for layer in plan.layers]
         for idx, parts in enumerate(scratch):
             yield tokens + kept[idx] + max(part.forward for part in parts), f"forward of layer {idx}"
@@ -217,7 +231,7 @@ class _Step:
             working = max(part.backward for part in scratch[idx]) + 3 * stream
             if checkpointed:  # the layer runs again, from the input that was kept
                 replay = max(part.forward for part in scratch[idx]) + stream
-                working = self.saved[idx] - stream + max(working, replay)
+                working = self.saved[idx] - stream - self._kept_twice(idx) + max(working, replay)
             yield tokens + kept[idx] + done + added + working, f"backward of layer {idx}"
             done += gradients.factors[idx]
         # The gradient of the embedding is dense. If it is the head as well, it has one already, a transposed view, to

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from memforge.blocks import load_module, registry
 from memforge.blocks.base import KindPlan
@@ -29,8 +29,8 @@ class Decoder(nn.Module):
     """Next-token logits, and the auxiliary losses of the blocks summed by name.
 
     Shape: tokens [b, t] int64 -> logits [b, t, c], dict of scalars (empty in eval mode).
-    With `checkpoint_layers`, training keeps only the input of each layer and runs it again for the backward pass. With
-    `dropout`, training zeroes so much of what mixers and blocks add to the residual stream.
+    With `checkpoint_layers`, training keeps only the input of each layer and the slots that it chose, and runs it again
+    for the backward pass. With `dropout`, training zeroes so much of what mixers and blocks add to the residual stream.
     """
 
     checkpoint_layers = False
@@ -65,8 +65,7 @@ class Decoder(nn.Module):
         totals: dict[str, Tensor] = {}
         records, observed = [], {}
         for layer, reader in zip(self.layers, readers, strict=True):
-            run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=dropout > 0)
-            run = run if self.checkpoint_layers and self.training else layer
+            run = _run_again(layer, dropout) if self.checkpoint_layers and self.training else layer
             x, losses, read, seen = run(x, self.pool, reader, dropout)
             totals = _summed(totals, losses)
             records.append(read)
@@ -80,6 +79,20 @@ def next_token_loss(forward: Callable[..., Any], window: Tensor, *rest: Any) -> 
     logits, *others = forward(window[:, :-1], *rest)
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, window[:, 1:].flatten()), *others
+
+
+def _run_again(layer: "Layer", dropout: float) -> Callable[..., Any]:
+    """The layer as one that keeps its input and the slots it has chosen, and runs again for its backward pass.
+
+    Slots are not searched for twice: the second search would cost as much, and must not find others.
+    """
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if layer.readers else {}
+    return partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=dropout > 0, **context)
+
+
+def _policy(_: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    chosen = op == torch.ops.memforge.product_key_topk.default
+    return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Layer(nn.Module):

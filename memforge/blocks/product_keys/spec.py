@@ -186,6 +186,11 @@ class ProductKeyPlan(KindPlan):
             norms = (*norm_saved("query_norm", 2 * n * h, q // 2), *keys, Saved("keys", h * s * q))
         return (*norms, Saved("queries", n * h * q), Saved("slots", n * h * k, "int64"), Saved("weights", n * h * k))
 
+    def chosen(self, batch: int, seq_len: int) -> tuple[Saved, ...]:
+        """The slots of all heads and their scores."""
+        reads = batch * seq_len * self.num_heads * self.top_k
+        return (Saved("slots", reads, "int64"), Saved("scores", reads))
+
     def read_scratch(self, n: int) -> Scratch:
         """Forward: the best of both halves, scores and slots, those that were chosen. The room for the scores of some
         tokens is kept.
