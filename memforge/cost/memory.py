@@ -183,8 +183,9 @@ def _sorting(plan: ModelPlan, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class _Step:
-    """What is needed to follow the memory of one step; `saved` of each layer, `inputs` if it runs again, `frame` outside
-    of them.
+    """What is needed to follow the memory of one step.
+
+    `saved` of each layer, `inputs` where it runs again, `frame` outside of them.
     """
 
     plan: ModelPlan

@@ -207,7 +207,7 @@ class _Trainer:
             done = self.step == self.spec.steps
             return self.conclude("interrupted" if stop.number is not None else "done" if done else "budget")
         except NonFiniteError:
-            if self.step > (self.saved_step or 0):
+            if self.step:
                 self._conclude_non_finite()
             raise
         finally:
@@ -217,9 +217,12 @@ class _Trainer:
     def _conclude_non_finite(self) -> None:
         """Keep the state before the bad step, if that is finite; the error is told either way."""
         try:
-            self.conclude("non-finite")
+            self.save_all()
         except NonFiniteError as error:
             self.report.note(f"warning: {error}")
+        if files.checkpoints(self.run_dir):
+            write_summary(self.run_dir, self.summary("non-finite"))
+            self.write_report()
 
     def _spent(self, budget: Budget) -> bool:
         tokens = self.step * self.spec.batch_size * self.spec.seq_len
@@ -345,14 +348,18 @@ class _Trainer:
         self.is_first_row = False
         return row
 
+    def save_all(self) -> None:
+        """Until the state is on the disk."""
+        if self.step != self.saved_step:
+            self.save()
+        self.saver.wait()
+
     def conclude(self, ended: Ending) -> dict[str, Any]:
         """Save first; then, if the run came to its end, score. Where that fails, `eval` works on what is there.
 
         A run that may go on has no row between two that it would have had anyway: what is pending is in the checkpoint.
         """
-        if self.step != self.saved_step:
-            self.save()
-        self.saver.wait()
+        self.save_all()
         try:
             if ended == "done" and self.last.get("step") != self.step:
                 self.log(self.score())
@@ -392,7 +399,7 @@ class _Trainer:
             baselines=self.corpus.baselines,
             final=self.last,
             training_seconds=round(self.training_seconds, 3),
-            checkpoint=f"step-{self.step:08d}",
+            checkpoint=files.checkpoints(self.run_dir)[-1].name,
             ended=ended,
             caveats=list(self.plan.model.caveats()),
         )

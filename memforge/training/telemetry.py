@@ -34,7 +34,8 @@ class SlotUsage:
 
     def add(self, slots: Tensor, weights: Tensor) -> None:
         """Slots and weights of any one shape. The weight of an expert may be negative: its size counts."""
-        self.weight.index_add_(0, slots.reshape(-1), weights.reshape(-1).abs().to(self.weight.dtype))
+        weights = weights.reshape(-1).to(self.weight.dtype).abs().nan_to_num()  # of a step that will be left out
+        self.weight.index_add_(0, slots.reshape(-1), weights)
 
     def figures(self) -> dict[str, float]:
         """Shares of the slots that were read, and how evenly their weight is spread; then the window starts anew.
