@@ -28,13 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memforge.machine import ENVIRONMENT
+
 HERE = Path(__file__).parent
 DIM, HEADS, TOP_K, KEY_DIM = 256, 4, 32, 128
 STEPS, WARM_UP = 6, 2
 PHASES = ("forward", "backward", "update", "step")
-# torch as it comes, and as memforge's command line sets it: threads that wait sleep, and do not spin up to 15 ms
-# on a core that the next kernel could use, and large tensors lie in large pages.
-SETTINGS = {"default": {}, "memforge": {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}}
+# torch as it comes, and as memforge's command line sets it: see there.
+SETTINGS = {"default": {}, "memforge": ENVIRONMENT}
 
 
 class PlainMemory(nn.Module):

@@ -34,7 +34,7 @@ from memory_layer import SETTINGS, held, machine, percentiles, say
 from torch import Tensor, nn
 
 from memforge import build_model, load_spec, make_plan
-from memforge.machine import keep_memory
+from memforge.machine import ENVIRONMENT, keep_memory
 from memforge.plan import ModelPlan, Plan, TrainPlan
 from memforge.training import Budget, Reporter, loop, train
 from memforge.training.data import Corpus, Prefetch, load_corpus
@@ -601,7 +601,7 @@ def page(record: dict[str, Any]) -> str:
         f"commit {at['commit']}{' with changes' if record['changed'] else ''}; {record['rounds']} rounds in turns, "
         f"{record['minutes']} minutes.",
         "",
-        "`memforge` settings: OMP_WAIT_POLICY=PASSIVE, THP_MEM_ALLOC_ENABLE=1 and freed memory kept, as `memforge "
+        f"`memforge` settings: {', '.join('='.join(item) for item in ENVIRONMENT.items())} and freed memory kept, as `memforge "
         "train` has it; `default`: torch as it comes. The models are the same functions: on the same weights in fp64 "
         "they differ by at most "
         + ", ".join(f"{worst(record, key):.0e} ({key})" for key in first(record["same"]))

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import TextIO, cast
 
 from memforge.errors import MemforgeError, Stopped
+from memforge.machine import set_environment
 
 
 def main() -> None:
@@ -18,11 +19,7 @@ def main() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  open until the end
         else:  # what the stream's encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")
-    # Before torch is loaded: its threads would spin for milliseconds after every operator, on cores that the kernels of
-    # memforge_kernels could use.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Large tensors in large pages: rows that lie anywhere in a table are read a quarter faster.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    set_environment()
     code = 130
     try:
         signal.signal(signal.SIGTERM, _stop)

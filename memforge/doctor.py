@@ -13,16 +13,13 @@ from typing import Literal
 
 from memforge import __version__
 from memforge.blocks import ENTRY_POINTS
-from memforge.machine import cpu_name, machine_memory
+from memforge.machine import ENVIRONMENT, cpu_name, machine_memory
 from memforge.storage import cache_dir
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "pydantic", "rich", "typer", "tomli", "tokenizers", "safetensors")
 EXTRAS = ("transformers", "tensorboard", "torch-tb-profiler", "product-key-memory")
-SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "CXX", "CUDA_VISIBLE_DEVICES", "NO_COLOR")
+SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", *ENVIRONMENT, "CXX", "CUDA_VISIBLE_DEVICES", "NO_COLOR")
 SETTINGS += ("MEMFORGE_CHECKED", "MEMFORGE_TRACEBACK")
-
-# What __main__ sets.
-OURS = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
 
 Section = Literal["versions", "machine", "devices", "compilers", "caches", "settings", "uses"]
 
@@ -46,7 +43,11 @@ def findings() -> Iterator[Finding]:
     yield from _compilers()
     yield from _caches()
     for name in SETTINGS:
-        ours = " (memforge's own, where nothing else was set)" if os.environ.get(name) == OURS.get(name, ...) else ""
+        ours = (
+            " (memforge's own, where nothing else was set)"
+            if os.environ.get(name) == ENVIRONMENT.get(name, ...)
+            else ""
+        )
         yield Finding("settings", name, os.environ.get(name, "not set") + ours)
     yield from _uses([device for device in devices if not device.broken])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# As the command line has it: threads that spin while they wait take the cores of the other tests. Before torch loads.
+# Threads that spin while they wait take the cores of the tests beside this one. Before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPO = Path(__file__).resolve().parent.parent

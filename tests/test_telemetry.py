@@ -18,7 +18,8 @@ from memforge.plan import Plan, make_plan
 from memforge.spec import load_spec
 from memforge.training import train
 from memforge.training.checkpoint import checkpoints
-from memforge.training.machine_use import MachineUse, Peak, precision_of
+from memforge.training.execution import precision_of
+from memforge.training.machine_use import MachineUse, Peak
 from memforge.training.optimizer import Gradients, Stepper
 from memforge.training.revival import Reviver
 from memforge.training.schedule import PEAK

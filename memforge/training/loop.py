@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +16,7 @@ from memforge.cost import estimate
 from memforge.errors import DeviceError, InterruptedRunError, MemforgeError, NonFiniteError, StorageError
 from memforge.machine import keep_memory
 from memforge.nn.decoder import Decoder
-from memforge.plan import Plan, TrainPlan
+from memforge.plan import Plan
 from memforge.report.html import run_page
 from memforge.storage import storage_errors
 from memforge.training import checkpoint as files
@@ -27,8 +24,9 @@ from memforge.training import resume as resuming
 from memforge.training.checkpoint import Manifest, RunIdentity, Saver, Snapshot
 from memforge.training.data import Corpus, Prefetch, load_corpus
 from memforge.training.evaluate import corpus_scores, samples
+from memforge.training.execution import compiled, deterministic, precision_of
 from memforge.training.logs import Logs
-from memforge.training.machine_use import MachineUse, peak_of, precision_of
+from memforge.training.machine_use import MachineUse, peak_of
 from memforge.training.optimizer import Gradients, Stepper
 from memforge.training.revival import Reviver
 from memforge.training.run_directory import (
@@ -41,9 +39,6 @@ from memforge.training.schedule import rate_shares
 from memforge.training.signals import StopSignal
 from memforge.training.start import Start, checked, identified, place, require_disk_for, require_memory_for
 from memforge.training.telemetry import Telemetry, update_figures
-
-# Compiling the demo models takes about 25 s on two cores; a run this short never earns it back.
-MIN_STEPS_TO_COMPILE = 100
 
 
 class Reporter:
@@ -104,11 +99,11 @@ def train(
     require_memory_for(plan, run, device)
     keep_memory()
     with place(run_dir, plan, report.note, overwrite=overwrite, resume=resume) as start, StopSignal() as stop:
-        corpus = load_corpus(plan, data_root, start.tokenizer(run_dir), note=report.note)
-        identity = identified(run_dir, plan, corpus, start)
+        corpus = load_corpus(plan, data_root, start.tokenizer(), note=report.note)
+        identity = identified(plan, corpus, start)
         require_disk_for(plan, run_dir)
-        with _deterministic():
-            trainer = _Trainer(plan, run, corpus, identity, run_dir, report, device, start)
+        with deterministic():
+            trainer = _Trainer(corpus, identity, start, report, device)
             report.start(plan, corpus, trainer.step)
             summary = trainer.run(stop, start.begun, budget or Budget())
     if stop.number is not None:
@@ -117,17 +112,9 @@ def train(
 
 
 class _Trainer:
-    def __init__(
-        self,
-        plan: Plan,
-        run: TrainPlan,
-        corpus: Corpus,
-        identity: RunIdentity,
-        run_dir: Path,
-        report: Reporter,
-        device: str,
-        start: Start,
-    ) -> None:
+    def __init__(self, corpus: Corpus, identity: RunIdentity, start: Start, report: Reporter, device: str) -> None:
+        plan, run_dir = identity.plan, start.run_dir
+        run = checked(plan)
         self.plan, self.spec, self.corpus = plan, run, corpus
         self.run_dir, self.report, self.device = run_dir, report, device
         self.model = _model(plan, device, start)
@@ -150,7 +137,7 @@ class _Trainer:
         else:
             self.logs.cut_back({}, report.note)
         resuming.clear_the_way(run_dir, start.checkpoint, report.note)
-        self.stepper.forward = _compiled(self.model, run, report)
+        self.stepper.forward = compiled(self.model, run, report.note)
         self.started = self.logged = self.saved_at = time.perf_counter()
         self.not_training, self.waiting, self.is_first_row = 0.0, 0.0, True
         self._logged_step = self.step
@@ -428,34 +415,3 @@ def _wait_quietly(saver: Saver) -> None:
         saver.wait()
     except MemforgeError:
         return
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """One seed, one result, bit for bit on a CPU, where Inductor otherwise adds embedding gradients by atomics.
-
-    On a GPU it is asked for as well, as far as torch's ops can (a warning names those that cannot); not measured there.
-    """
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
-def _compiled(model: Decoder, run: TrainPlan, report: Reporter) -> Callable[..., Any]:
-    """The model as it is trained: compiled where asked for and possible, eager otherwise, and never in silence."""
-    model.train()
-    if run.compile == "off" or (run.compile == "auto" and run.steps < MIN_STEPS_TO_COMPILE):
-        return model.forward_taped
-    # The compiler that Inductor looks for on a CPU.
-    if run.compile == "auto" and not shutil.which(os.environ.get("CXX", "g++")):
-        report.note("no C++ compiler: training is eager, without torch.compile")
-        return model.forward_taped
-    report.note("compiling with torch.compile; the first step takes a while")
-    return torch.compile(model.forward_taped, fullgraph=True, dynamic=False)

@@ -1,6 +1,5 @@
-"""In what numbers a device is asked to work, and what share of what it can do a run gets out of it."""
+"""What share of what a device can do a run gets out of it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +10,7 @@ from memforge.cost.calibration import read_calibration
 from memforge.cost.devices import DEVICES
 from memforge.cost.ledger import touched
 from memforge.cost.roofline import update_bytes
-from memforge.plan import Plan, TrainPlan
-
-
-def precision_of(train: TrainPlan, device: str, note: Callable[[str], None]) -> torch.dtype | None:
-    """The type of an autocast region for training, or None for fp32 throughout."""
-    on_gpu = device.startswith("cuda")
-    if train.precision == "float32" or (train.precision == "auto" and not on_gpu):
-        return None
-    if not on_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        note("warning: this CPU has no bfloat16 arithmetic, which makes it several times slower than float32")
-    return torch.bfloat16
+from memforge.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from memforge.cost.memory import step_memory
 from memforge.errors import StorageError, UsageError
@@ -33,13 +33,14 @@ from memforge.training.run_directory import (
 class Start:
     """Where a run starts: anew, or from a checkpoint. `begun` is called when its first step was made."""
 
+    run_dir: Path
     begun: Callable[[], None]
     checkpoint: Path | None = None
     manifest: Manifest | None = None
 
-    def tokenizer(self, run_dir: Path) -> Any:
+    def tokenizer(self) -> Tokenizer | None:
         """The run's own, which is not trained again."""
-        return None if self.checkpoint is None else read_tokenizer(run_dir)
+        return None if self.checkpoint is None else read_tokenizer(self.run_dir)
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def place(
     """The run directory, made or found, and held against other processes."""
     if resume is None:
         with new_run(run_dir, overwrite=overwrite) as begun:
-            yield Start(begun)
+            yield Start(run_dir, begun)
         return
     require_run(run_dir)
     with locked(run_dir):
@@ -57,19 +58,19 @@ def place(
         if found is None:
             note(f"{run_dir} has no checkpoint yet: it starts over")
             resuming.clear_the_way(run_dir, None, note)
-            yield Start(lambda: None)
+            yield Start(run_dir, lambda: None)
             return
         for change in resuming.require_same_plan(run_dir, plan):
             note(f"changed since the run was last started: {change}")
-        yield Start(lambda: None, *found)
+        yield Start(run_dir, lambda: None, *found)
 
 
-def identified(run_dir: Path, plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
+def identified(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
     """What the run's checkpoints have in common, written down for a new one, compared for one that goes on.
 
     Raises StorageError when the data is not what the run was trained on.
     """
-    corpus_sha256 = str(corpus.description["corpus_sha256"])
+    run_dir, corpus_sha256 = start.run_dir, str(corpus.description["corpus_sha256"])
     if start.manifest is not None and start.manifest.corpus_sha256 != corpus_sha256:
         raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
     with storage_errors(run_dir):

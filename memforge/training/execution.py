@@ -1,0 +1,56 @@
+"""By what code, and in what numbers, a model is run in training."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from memforge.nn.decoder import Decoder
+from memforge.plan import TrainPlan
+
+# Compiling the demo models takes about 25 s on two cores; a run this short never earns it back.
+MIN_STEPS_TO_COMPILE = 100
+
+
+def precision_of(train: TrainPlan, device: str, note: Callable[[str], None]) -> torch.dtype | None:
+    """The type of an autocast region for training, or None for fp32 throughout."""
+    on_gpu = device.startswith("cuda")
+    if train.precision == "float32" or (train.precision == "auto" and not on_gpu):
+        return None
+    if not on_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        note("warning: this CPU has no bfloat16 arithmetic, which makes it several times slower than float32")
+    return torch.bfloat16
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """One seed, one result, bit for bit on a CPU, where Inductor otherwise adds embedding gradients by atomics.
+
+    On a GPU it is asked for as well, as far as torch's ops can (a warning names those that cannot); not measured there.
+    """
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def compiled(model: Decoder, run: TrainPlan, note: Callable[[str], None]) -> Callable[..., Any]:
+    """The model as it is trained: compiled where asked for and possible, eager otherwise, and never in silence."""
+    model.train()
+    if run.compile == "off" or (run.compile == "auto" and run.steps < MIN_STEPS_TO_COMPILE):
+        return model.forward_taped
+    # The compiler that Inductor looks for on a CPU.
+    if run.compile == "auto" and not shutil.which(os.environ.get("CXX", "g++")):
+        note("no C++ compiler: training is eager, without torch.compile")
+        return model.forward_taped
+    note("compiling with torch.compile; the first step takes a while")
+    return torch.compile(model.forward_taped, fullgraph=True, dynamic=False)
