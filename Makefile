@@ -1,5 +1,6 @@
 # make demo   validate, build, profile and train the three demo models; ends with one table
 # make test   everything that must hold; no GPU needed
+# make test-slow   the same claims with more trials: 200 kills; about 15 minutes
 # make lint   make types
 # make data   the facts of source = "taxa": 90 MB, and what reads them
 
@@ -9,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODELS := dense memory moe
 
-.PHONY: demo test lint types format data clean
+.PHONY: demo test test-slow lint types format data clean
 
 demo: $(READY)
 	@rm -rf .demo
@@ -31,6 +32,9 @@ demo: $(READY)
 # Most tests wait for a process of their own, so that two at a time take two thirds of the time.
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -601,9 +601,9 @@ def page(record: dict[str, Any]) -> str:
         f"commit {at['commit']}{' with changes' if record['changed'] else ''}; {record['rounds']} rounds in turns, "
         f"{record['minutes']} minutes.",
         "",
-        f"`memforge` settings: {', '.join('='.join(item) for item in ENVIRONMENT.items())} and freed memory kept, as `memforge "
-        "train` has it; `default`: torch as it comes. The models are the same functions: on the same weights in fp64 "
-        "they differ by at most "
+        f"`memforge` settings: {', '.join('='.join(item) for item in ENVIRONMENT.items())} and freed memory kept, as "
+        "`memforge train` has it; `default`: torch as it comes. The models are the same functions: on the same weights "
+        "in fp64 they differ by at most "
         + ", ".join(f"{worst(record, key):.0e} ({key})" for key in first(record["same"]))
         + ".",
         "",
