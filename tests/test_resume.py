@@ -223,6 +223,22 @@ def test_auto_falls_back_on_an_older_checkpoint_and_a_named_one_does_not(tmp_pat
     assert len(list((tmp_path / "run").glob(".bad-step-00000012-*"))) == 1
 
 
+def test_a_run_that_was_killed_can_be_scored_and_looked_at(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "train.steps=12")
+    done = train(plan, tmp_path / "run", budget=Budget(max_steps=7))
+    run = tmp_path / "run"
+    # As a kill after step 7 would leave it: the last summary is that of the checkpoint before.
+    shutil.rmtree(run / done["checkpoint"])
+    summary = json.loads((run / "summary.json").read_text())
+    write(run / "summary.json", json.dumps(summary | {"ended": "running", "steps": 5, "checkpoint": "step-00000005"}))
+    scored = memforge("eval", run, "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)[0]["checkpoint"] == "step-00000005"
+    looked = memforge("inspect", run)
+    assert looked.returncode == 0, looked.stderr
+    assert "running, or killed" in looked.stdout
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     spec = write(tmp_path / "s.toml", SMALL)
     run = tmp_path / "run"

@@ -322,7 +322,7 @@ def _state(run: Run) -> str:
     summary = run.summary
     if summary is None or (summary.steps is not None and _last_step(run) > summary.steps):
         return UNENDED
-    return summary.ended or "ended"
+    return UNENDED if summary.ended == "running" else summary.ended or "ended"
 
 
 def _seconds(run: Run) -> float | None:

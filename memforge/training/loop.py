@@ -67,7 +67,7 @@ class Budget:
         )
 
 
-Ending = Literal["done", "budget", "interrupted", "non-finite"]
+Ending = Literal["running", "done", "budget", "interrupted", "non-finite"]
 
 
 def train(
@@ -125,9 +125,9 @@ class _Trainer:
         self.saver = Saver(run_dir, identity, keep=run.keep_checkpoints, in_background=run.async_checkpoints)
         self.logs = Logs(run_dir, plan)
         self.use = MachineUse(plan, peak_of(device))
+        self.cost = estimate(plan.model, seq_len=run.seq_len).as_dict()
         self.step, self.skipped = 0, 0
         self.losses: list[float] = []
-        self.last_step: Gradients | None = None
         self.norm, self.update_figures = math.nan, dict[str, float]()
         self.last: dict[str, Any] = {}
         self.saved_step: int | None = None
@@ -173,9 +173,12 @@ class _Trainer:
         self.training_seconds = _seconds_so_far(self.run_dir)
 
     def save(self) -> None:
+        """Save the state, and say in the summary how far the run is, for whoever looks at it before it ends."""
         start = time.perf_counter()
         self.saver.save(self.snapshot())
-        self.saved_step, self.saved_at = self.step, time.perf_counter()
+        self.saved_step = self.step
+        self.write_summary("running")
+        self.saved_at = time.perf_counter()
         self.not_training += self.saved_at - start
 
     def run(self, stop: StopSignal, begun: Callable[[], None], budget: Budget) -> dict[str, Any]:
@@ -207,9 +210,8 @@ class _Trainer:
             self.save_all()
         except NonFiniteError as error:
             self.report.note(f"warning: {error}")
-        if files.checkpoints(self.run_dir):
-            write_summary(self.run_dir, self.summary("non-finite"))
-            self.write_report()
+        self.write_summary("non-finite")
+        self.write_report()
 
     def _spent(self, budget: Budget) -> bool:
         tokens = self.step * self.spec.batch_size * self.spec.seq_len
@@ -353,12 +355,16 @@ class _Trainer:
             elif ended == "budget":
                 self.last |= self.score(keep=False)
         finally:
-            summary = self.summary(ended)
-            write_summary(self.run_dir, summary)
+            self.write_summary(ended)
         self.write_report()
-        record = summary.model_dump(exclude_none=True)
+        record = self.summary(ended, files.checkpoints(self.run_dir)[-1]).model_dump(exclude_none=True)
         self.report.finish(record)
         return record
+
+    def write_summary(self, ended: Ending) -> None:
+        """Where there is a checkpoint to go with it."""
+        if found := files.checkpoints(self.run_dir):
+            write_summary(self.run_dir, self.summary(ended, found[-1]))
 
     def write_report(self) -> None:
         """A picture of a run that is safe on the disk: where it cannot be drawn, that is said and no more."""
@@ -368,8 +374,8 @@ class _Trainer:
         except StorageError as error:
             self.report.note(f"warning: no {REPORT}: {error}")
 
-    def summary(self, ended: Ending) -> Summary:
-        cost, data = estimate(self.plan.model, seq_len=self.spec.seq_len).as_dict(), self.corpus.description
+    def summary(self, ended: Ending, checkpoint: Path) -> Summary:
+        cost, data = self.cost, self.corpus.description
         epochs = self.corpus.epochs(self.step * self.spec.batch_size, self.spec.seq_len + 1)
         only = epochs.get("")
         exposures = None if only is None or "facts" not in data else only * data["sentences"] / data["facts"]  # type: ignore[operator]
@@ -386,7 +392,7 @@ class _Trainer:
             baselines=self.corpus.baselines,
             final=self.last,
             training_seconds=round(self.training_seconds, 3),
-            checkpoint=files.checkpoints(self.run_dir)[-1].name,
+            checkpoint=checkpoint.name,
             ended=ended,
             caveats=list(self.plan.model.caveats()),
         )

@@ -55,7 +55,7 @@ class Summary(Record):
     final: dict[str, int | float]
     training_seconds: float
     checkpoint: str
-    ended: Literal["done", "budget", "interrupted", "non-finite"]
+    ended: Literal["running", "done", "budget", "interrupted", "non-finite"]
     exposures_per_fact: float | None = None
     caveats: list[str] = []
 

@@ -16,7 +16,8 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 def squared_norms(rows: Tensor, row_idx: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
     """The square of the norm of each touched row's gradient, [u]."""
     out = rows.new_empty(starts.shape[0] - 1)
-    over_rows(_squared_norms, len(out), *_arrays(starts, row_idx, weights, rows, out))
+    squares = rows.square().sum(dim=1)
+    over_rows(_squared_norms, len(out), *_arrays(starts, row_idx, weights, rows, squares, out))
     return out
 
 
@@ -94,10 +95,14 @@ def _sum_segment(first, last, row_idx, weights, rows, total):
 
 
 @compiled
-def _squared_norms(start, stop, starts, row_idx, weights, rows, out):
+def _squared_norms(start, stop, starts, row_idx, weights, rows, squares, out):
     total = np.empty(rows.shape[1], rows.dtype)
     for i in range(start, stop):
-        _sum_segment(starts[i], starts[i + 1], row_idx, weights, rows, total)
+        first = starts[i]
+        if starts[i + 1] == first + 1:  # two rows in three of a large table have one term
+            out[i] = weights[first] * weights[first] * squares[row_idx[first]]
+            continue
+        _sum_segment(first, starts[i + 1], row_idx, weights, rows, total)
         square = rows.dtype.type(0)
         for c in range(total.shape[0]):
             square += total[c] * total[c]
