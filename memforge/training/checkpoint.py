@@ -24,6 +24,7 @@ from memforge import __version__
 from memforge.build import build_model
 from memforge.errors import MemforgeError, NonFiniteError, StorageError
 from memforge.plan import Plan, read_plan
+from memforge.report.cost import si
 from memforge.storage import file_sha256, replaced_directory, storage_errors, sync, write_json
 from memforge.training.run_directory import (
     FORMAT_VERSION,
@@ -157,7 +158,7 @@ def _require_room(target: Path, needed: int) -> None:
     with storage_errors(target):
         free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise StorageError(f"{target}: takes {needed / 1e9:,.2f} GB; the disk has {free / 1e9:,.2f} GB left")
+        raise StorageError(f"{target}: takes {si(needed, 'B')}; the disk has {si(free, 'B')} left")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

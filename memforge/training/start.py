@@ -13,9 +13,10 @@ from memforge.cost.memory import step_memory
 from memforge.errors import StorageError, UsageError
 from memforge.machine import require_memory
 from memforge.plan import Plan, TrainPlan
+from memforge.report.cost import si
 from memforge.storage import file_sha256, storage_errors
 from memforge.training import resume as resuming
-from memforge.training.checkpoint import Manifest, RunIdentity, checkpoints
+from memforge.training.checkpoint import OVERHEAD_BYTES, Manifest, RunIdentity, checkpoints
 from memforge.training.data import Corpus
 from memforge.training.run_directory import (
     PLAN,
@@ -111,13 +112,13 @@ def require_disk_for(plan: Plan, run_dir: Path) -> None:
     """Raises StorageError when the checkpoints that are kept, and the one being written, would not find room."""
     run = plan.run.train
     assert run is not None
-    size = step_memory(plan.model, 1, 1).checkpoint
+    size = step_memory(plan.model, 1, 1).checkpoint + OVERHEAD_BYTES
     have = len(checkpoints(run_dir))
     needed = max(1, run.keep_checkpoints + 1 - have) * size
     with storage_errors(run_dir):
         free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise StorageError(
-            f"{run_dir}: checkpoints of {size / 1e9:,.2f} GB, of which train.keep_checkpoints = {run.keep_checkpoints} "
-            f"are kept, need {needed / 1e9:,.2f} GB; the disk has {free / 1e9:,.2f} GB left"
+            f"{run_dir}: checkpoints of {si(size, 'B')}, of which train.keep_checkpoints = {run.keep_checkpoints} "
+            f"are kept, need {si(needed, 'B')}; the disk has {si(free, 'B')} left"
         )
