@@ -122,6 +122,10 @@ class StorageError(MemforgeError):
     exit_code = 4
 
 
+class DamagedError(StorageError):
+    """A file of a run is missing, or not what was written."""
+
+
 class NonFiniteError(MemforgeError):
     """Training met a NaN or an infinity."""
 

@@ -298,6 +298,18 @@ def test_a_save_that_fails_in_the_background_is_told(tmp_path: Path, monkeypatch
     assert checkpoints(run) == []
 
 
+def test_a_save_that_dies_in_the_background_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError("cannot allocate memory")
+
+    monkeypatch.setattr("memforge.training.checkpoint.save_file", no_memory)
+    plan = planned(tmp_path, "train.steps=40", "train.checkpoint_every=2", "train.async_checkpoints=true")
+    with pytest.raises(MemoryError):
+        train(plan, tmp_path / "run")
+    assert checkpoints(tmp_path / "run") == []
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
 def test_the_newest_are_kept_and_never_overwritten(tmp_path: Path) -> None:
     run = tmp_path / "run"
     identity = new_identity(run)

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, memforge, write
 
-from memforge.errors import StorageError, UsageError
+from memforge.errors import DeviceError, InterruptedRunError, StorageError, UsageError
 from memforge.plan import Plan, make_plan
 from memforge.spec import load_spec
 from memforge.training import Budget, Reporter, train
 from memforge.training.checkpoint import checkpoints
+from memforge.training.loop import _Trainer
 
 # Passes that are added up, several epochs in new orders, sparse updates, dropout, restarts of keys, scores and samples.
 EVERYTHING = (
@@ -101,10 +102,15 @@ def test_a_budget_stops_and_the_rest_follows(tmp_path: Path, workers: int) -> No
 
 
 def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(tmp_path: Path) -> None:
-    plan = planned(tmp_path, "train.steps=6", "train.schedule=constant")
-    train(plan, tmp_path / "run")
-    before = contents(tmp_path / "run")
-    train(plan, tmp_path / "run", resume="auto")
+    for schedule in ("linear", "constant"):
+        plan = planned(tmp_path, "train.steps=6", f"train.schedule={schedule}")
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        train(plan, tmp_path / "run")
+        before = contents(tmp_path / "run")
+        train(plan, tmp_path / "run", resume="auto")
+        assert contents(tmp_path / "run") == before
+    with pytest.raises(UsageError, match=r"train.steps = 5: the run is at step 6 already"):
+        train(planned(tmp_path, "train.steps=5", "train.schedule=constant"), tmp_path / "run", resume="auto")
     assert contents(tmp_path / "run") == before
     notes = Notes()
     longer = planned(tmp_path, "train.steps=12", "train.schedule=constant")
@@ -112,6 +118,57 @@ def test_a_finished_run_stays_as_it_is_and_can_be_made_longer(tmp_path: Path) ->
     assert any("train.steps: 6 -> 12" in note for note in notes.notes)
     train(longer, tmp_path / "other")
     assert contents(tmp_path / "run") == contents(tmp_path / "other")
+
+
+def test_a_signal_is_not_kept_waiting_by_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes in a step after which the model would be scored; the row is written when the run goes on."""
+    plan = planned(tmp_path, "train.steps=20")
+    train(plan, tmp_path / "whole")
+    advance, score = _Trainer.advance, _Trainer.score
+
+    def signalled(self: _Trainer, batches: object) -> None:
+        advance(self, batches)
+        if self.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def scored(self: _Trainer, **given: bool) -> dict[str, float]:
+        raise AssertionError("scored after the signal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "advance", signalled)
+        patch.setattr(_Trainer, "score", scored)
+        with pytest.raises(InterruptedRunError):
+            train(plan, tmp_path / "run")
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000010"
+    assert '"step": 10,' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert _Trainer.score is score
+    train(plan, tmp_path / "run", resume="auto")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_spec_that_cannot_start_leaves_the_run_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(planned(tmp_path, "train.steps=6"), tmp_path / "run", budget=Budget(max_steps=3))
+    before = (tmp_path / "run" / "plan.json").read_bytes()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(DeviceError, match="wandb"):
+        train(planned(tmp_path, "train.steps=6", "train.wandb=mine"), tmp_path / "run", resume="auto")
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before
+    train(planned(tmp_path, "train.steps=6"), tmp_path / "run", resume="auto")
+
+
+def test_what_may_pass_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older checkpoint would cost steps: where the newest cannot be read just now, that is an error."""
+    plan = planned(tmp_path, "train.steps=12")
+    train(plan, tmp_path / "run")
+
+    def stale(path: Path) -> str:
+        raise OSError(116, "Stale file handle", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("memforge.training.checkpoint.file_sha256", stale)
+        with pytest.raises(StorageError, match="Stale file handle"):
+            train(plan, tmp_path / "run", resume="auto")
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000010", "step-00000012"]
 
 
 def test_an_older_checkpoint_can_be_chosen_and_the_later_ones_are_kept_aside(tmp_path: Path) -> None:
@@ -167,7 +224,7 @@ CHANGES = (
     "model.dim=64", "model.norm_eps=1e-4", "ffn.hidden_dim=40", "pool.facts.num_sub_keys=9", "train.batch_size=5",
     "train.learning_rate=2e-3", "train.seed=1", "train.dropout=0.2", "train.micro_batch_size=2", "data.num_facts=13",
     "train.weight_decay=0.2", "train.value_update=lazy", "train.clip_norm=0.5", "train.revive_every=8",
-    "train.precision=bfloat16", "train.seq_len=40", "train.warmup_steps=2", "train.max_skipped=1",
+    "train.precision=bfloat16", "train.seq_len=40", "train.warmup_steps=2",
 )  # fmt: skip
 
 

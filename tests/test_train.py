@@ -128,7 +128,7 @@ def test_exit_code_5_from_the_command_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_so(tmp_path: Path, number: signal.Signals, code: int) -> None:
     spec = write(tmp_path / "s.toml", SMALL)
     run = tmp_path / "run"
@@ -149,6 +149,14 @@ def test_a_signal_saves_and_says_so(tmp_path: Path, number: signal.Signals, code
     assert summary["steps"] >= rows_of(run)[-1]["step"] > 0
     assert summary["checkpoint"] == checkpoints(run)[-1].name == f"step-{summary['steps']:08d}"
     assert memforge("eval", run).returncode == 0
+
+
+def test_a_log_on_a_full_disk_does_not_stop_a_run(tmp_path: Path) -> None:
+    command = ["train", str(write(tmp_path / "s.toml", SMALL)), "--out", str(tmp_path / "run")]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "memforge", *command], stderr=full, check=False)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ended"] == "done"
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Commands on runs: train, eval and generate."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="If --out holds an earlier run, delete that.")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after this step of the run, and save.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop after so many tokens of the run.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(min=0, help="Stop after so many minutes of training.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(min=0, help="Stop so many minutes after the start.")] = None,
     set_: Set = None,
     spec_root: SpecRoot = None,
     data_root: DataRoot = None,
@@ -82,7 +83,10 @@ def train(
 
 def _resumed(spec: Path, out: Path | None, resume: str) -> Path:
     """The run that --resume goes on with: the one the checkpoint's path lies in, or --out, or SPEC itself."""
-    by_path = None if resume == "auto" or resume.startswith("step=") else Path(resume).parent
+    named = resume == "auto" or resume.startswith("step=")
+    if not named and not re.fullmatch(r"step-[0-9]{8,}", Path(resume).name):
+        raise UsageError(f"--resume {printable(resume)}: expected auto, step=N or the path of a checkpoint step-<n>")
+    by_path = None if named else Path(resume).parent
     if by_path is not None and out is not None and by_path.resolve() != out.resolve():
         raise UsageError(f"--resume {printable(resume)} does not lie in --out {printable(str(out))}")
     target = by_path or out or (spec if (spec / "run.json").is_file() else None)

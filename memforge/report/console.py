@@ -19,13 +19,33 @@ class _Console(Console):
         self.quiet = True
 
 
+class _Forgiving:
+    """For what is said beside the work: a log on a full disk or a terminal that is gone is no reason to stop."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def console(*, stderr: bool = False) -> Console:
     """A console that fits its stream; NO_COLOR and terminal width are respected by rich."""
     stream = sys.stderr if stderr else sys.stdout
     screen = Console(file=stream)
     width = max(MIN_WIDTH, screen.width) if screen.is_terminal else PIPED_WIDTH
+    target: Any = _Forgiving(stream) if stderr else stream
     # Without a height, rich takes a dumb terminal to be 80 columns wide, whatever it is told.
-    return _Console(file=stream, width=width, height=screen.height, highlight=False, emoji=False, markup=False)
+    return _Console(file=target, width=width, height=screen.height, highlight=False, emoji=False, markup=False)
 
 
 def print_whole(page: Console, table: Table) -> None:

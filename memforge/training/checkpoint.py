@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from memforge import __version__
 from memforge.build import build_model
-from memforge.errors import MemforgeError, NonFiniteError, StorageError
+from memforge.errors import DamagedError, NonFiniteError, StorageError
 from memforge.plan import Plan, read_plan
 from memforge.report.cost import si
 from memforge.storage import file_sha256, replaced_directory, storage_errors, sync, write_json
@@ -179,9 +179,9 @@ def verify(checkpoint: Path, *files: str) -> Manifest:
     if manifest.format_version != FORMAT_VERSION:
         raise StorageError(f"{checkpoint}: format {manifest.format_version}; this memforge reads {FORMAT_VERSION}")
     if manifest.seal != manifest.hash_of_the_rest():
-        raise StorageError(f"{checkpoint / MANIFEST}: was changed after it was written (its seal does not match)")
+        raise DamagedError(f"{checkpoint / MANIFEST}: was changed after it was written (its seal does not match)")
     if (found := STEP.fullmatch(checkpoint.name)) is None or int(found[1]) != manifest.step:
-        raise StorageError(f"{checkpoint}: holds step {manifest.step}")
+        raise DamagedError(f"{checkpoint}: holds step {manifest.step}")
     for name in files or manifest.files:
         _require_hash(checkpoint / name, manifest.files.get(name))
     return manifest
@@ -189,16 +189,19 @@ def verify(checkpoint: Path, *files: str) -> Manifest:
 
 def _require_hash(path: Path, expected: str | None) -> None:
     with storage_errors(path):
-        actual = file_sha256(path)
+        try:
+            actual = file_sha256(path)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{path}: {error.strerror}") from None
     if actual != expected:
-        raise StorageError(f"{path}: the content does not match its hash in the checkpoint's {MANIFEST}")
+        raise DamagedError(f"{path}: the content does not match its hash in the checkpoint's {MANIFEST}")
 
 
 def require_same_run(checkpoint: Path, manifest: Manifest) -> None:
     """Raises StorageError for a checkpoint that belongs to another run, or whose tokenizer has changed."""
     run_dir = checkpoint.parent
     if manifest.run_id != run_id(run_dir):
-        raise StorageError(f"{checkpoint}: belongs to another run (run id {manifest.run_id[:12]})")
+        raise DamagedError(f"{checkpoint}: belongs to another run (run id {manifest.run_id[:12]})")
     _require_hash(run_dir / TOKENIZER, manifest.tokenizer_sha256)
 
 
@@ -219,15 +222,15 @@ def load_weights(checkpoint: Path, plan: Plan) -> dict[str, Tensor]:
 
 
 def newest_sound(run_dir: Path, found: list[Path], note: Callable[[str], None]) -> tuple[Path, Manifest]:
-    """The newest checkpoint that verifies; `note` is told about every one that does not.
+    """The newest checkpoint that verifies; `note` is told about every one that is damaged.
 
-    Raises StorageError where there is none.
+    Raises StorageError where there is none, and for what is not damage and may pass: an older one would cost steps.
     """
     for checkpoint in reversed(found):
         try:
             manifest = verify(checkpoint)
             require_same_run(checkpoint, manifest)
-        except StorageError as error:
+        except DamagedError as error:
             note(f"warning: {error}; trying the one before")
             continue
         return checkpoint, manifest
@@ -249,7 +252,7 @@ class Saver:
     def __init__(self, run_dir: Path, run: RunIdentity, *, keep: int, in_background: bool) -> None:
         self.run_dir, self.run, self.keep, self.in_background = run_dir, run, keep, in_background
         self._thread: threading.Thread | None = None
-        self._error: MemforgeError | None = None
+        self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Save the state as it is now. Raises what the save, or the one before in the background, has failed with."""
@@ -257,7 +260,9 @@ class Saver:
         if not self.in_background:
             self._save(snapshot)
             return
-        self._thread = threading.Thread(target=self._in_thread, args=(snapshot.copied(),), name="checkpoint")
+        # Not waited for by a process that is told twice to stop: what is half written has another name.
+        given = {"args": (snapshot.copied(),), "name": "checkpoint", "daemon": True}
+        self._thread = threading.Thread(target=self._in_thread, **given)  # type: ignore[arg-type]
         self._thread.start()
 
     def wait(self) -> None:
@@ -265,6 +270,10 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a save in the background has failed with, once."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -272,7 +281,7 @@ class Saver:
     def _in_thread(self, snapshot: Snapshot) -> None:
         try:
             self._save(snapshot)
-        except MemforgeError as error:
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that trains
             self._error = error
 
     def _save(self, snapshot: Snapshot) -> None:

@@ -74,9 +74,9 @@ class Sink(Protocol):
 class Logs:
     """All logs of a run, and the sinks that its plan asks for."""
 
-    def __init__(self, run_dir: Path, plan: Plan) -> None:
+    def __init__(self, run_dir: Path, plan: Plan, run_id: str, note: Callable[[str], None]) -> None:
         self.metrics, self.samples, self.speed = (Log(run_dir / name) for name in (METRICS, SAMPLES, SPEED))
-        self.sinks = list(_sinks(run_dir, plan))
+        self.note, self.sinks = note, _sinks(run_dir, plan, run_id)
 
     def marks(self) -> dict[str, LogMark]:
         return {log.path.name: log.mark() for log in (self.metrics, self.samples)}
@@ -92,27 +92,33 @@ class Logs:
         if speed:
             self.speed.append(speed)
         numbers = {k: v for k, v in {**metrics, **speed}.items() if not isinstance(v, bool) and k != "step"}
-        for sink in self.sinks:
-            sink.row(metrics["step"], numbers)
+        self._tell(lambda sink: sink.row(metrics["step"], numbers))
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self.samples.append({"step": step, "prompt": prompt, "text": text})
-        for sink in self.sinks:
-            sink.text(step, "sample", prompt + text)
+        self._tell(lambda sink: sink.text(step, "sample", prompt + text))
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self._tell(lambda sink: sink.close())
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        """A sink that fails, as what needs a network may, is told of and left out: the logs have it all."""
+        for sink in list(self.sinks):
+            try:
+                what(sink)
+            except Exception as error:  # noqa: BLE001  whatever a package of others raises
+                self.sinks.remove(sink)
+                self.note(f"warning: {type(sink).__name__.strip('_')} gets no more metrics: {error}")
 
 
-def _sinks(run_dir: Path, plan: Plan) -> list[Sink]:
+def _sinks(run_dir: Path, plan: Plan, run_id: str) -> list[Sink]:
     """Raises DeviceError when a package is not installed."""
     assert plan.run.train is not None
     sinks: list[Sink] = []
     if plan.run.train.tensorboard:
         sinks.append(_TensorBoard(run_dir))
     if plan.run.train.wandb is not None:
-        sinks.append(_Wandb(run_dir, plan, plan.run.train.wandb))
+        sinks.append(_Wandb(run_dir, plan, plan.run.train.wandb, run_id))
     return sinks
 
 
@@ -137,13 +143,13 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run_dir: Path, plan: Plan, project: str) -> None:
+    def __init__(self, run_dir: Path, plan: Plan, project: str, run_id: str) -> None:
         try:
             import wandb
         except ImportError:
             raise DeviceError("train.wandb needs wandb: pip install wandb") from None
-        config = plan.model_dump(mode="json")
-        self.run = wandb.init(project=project, name=plan.name, dir=str(run_dir), config=config, resume="allow")
+        given = {"project": project, "name": plan.name, "config": plan.model_dump(mode="json")}
+        self.run = wandb.init(**given, dir=str(run_dir), id=run_id, resume="allow")
 
     def row(self, step: int, row: Mapping[str, float]) -> None:
         self.run.log(dict(row), step=step)

@@ -2,8 +2,9 @@
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from memforge.build import build_model
 from memforge.cost import estimate
-from memforge.errors import DeviceError, InterruptedRunError, MemforgeError, NonFiniteError, StorageError
+from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, Stopped, StorageError
 from memforge.machine import keep_memory
 from memforge.nn.decoder import Decoder
 from memforge.plan import Plan
@@ -37,7 +38,7 @@ from memforge.training.run_directory import (
 )
 from memforge.training.schedule import rate_shares
 from memforge.training.signals import StopSignal
-from memforge.training.start import Start, checked, identified, place, require_disk_for, require_memory_for
+from memforge.training.start import Start, checked, identified, place, require_disk_for, require_memory_for, write_plan
 from memforge.training.telemetry import Telemetry, update_figures
 
 
@@ -104,8 +105,9 @@ def train(
         require_disk_for(plan, run_dir)
         with deterministic():
             trainer = _Trainer(corpus, identity, start, report, device)
+            write_plan(run_dir, plan)  # when all that it asks for is there
             report.start(plan, corpus, trainer.step)
-            summary = trainer.run(stop, start.begun, budget or Budget())
+            summary = trainer.run(stop, budget or Budget())
     if stop.number is not None:
         raise InterruptedRunError(f"interrupted; saved {run_dir / summary['checkpoint']}", stop.number)
     return summary
@@ -123,20 +125,22 @@ class _Trainer:
         self.stepper.on_read = self.telemetry.read
         self.reviver = Reviver.of(self.stepper) if run.revive_every else None
         self.saver = Saver(run_dir, identity, keep=run.keep_checkpoints, in_background=run.async_checkpoints)
-        self.logs = Logs(run_dir, plan)
+        self.logs = Logs(run_dir, plan, identity.run_id, report.note)
+        self.begun = start.begun
         self.use = MachineUse(plan, peak_of(device))
         self.cost = estimate(plan.model, seq_len=run.seq_len).as_dict()
         self.step, self.skipped = 0, 0
         self.losses: list[float] = []
-        self.norm, self.update_figures = math.nan, dict[str, float]()
+        self.norm, self.rates, self.update_figures = math.nan, dict[str, float](), dict[str, float]()
         self.last: dict[str, Any] = {}
         self.saved_step: int | None = None
         self.training_seconds = 0.0
+        # Before the logs are cut back: the newest checkpoint must never be one whose rows are gone.
+        resuming.clear_the_way(run_dir, start.checkpoint, report.note)
         if start.checkpoint is not None and start.manifest is not None:
             self._load(start.checkpoint, start.manifest)
         else:
             self.logs.cut_back({}, report.note)
-        resuming.clear_the_way(run_dir, start.checkpoint, report.note)
         self.stepper.forward = compiled(self.model, run, report.note)
         self.started = self.logged = self.saved_at = time.perf_counter()
         self.not_training, self.waiting, self.is_first_row = 0.0, 0.0, True
@@ -151,6 +155,7 @@ class _Trainer:
         state = {
             "optimizer": numbers,
             "losses": list(self.losses),
+            "rates": dict(self.rates),
             "grad_norm": self.norm if math.isfinite(self.norm) else None,
             "update_figures": dict(self.update_figures),
             "skipped": self.skipped,
@@ -168,7 +173,7 @@ class _Trainer:
         self.step = self.saved_step = manifest.step
         self.losses, self.skipped, self.last = list(state["losses"]), state["skipped"], dict(state["last"])
         self.norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
-        self.update_figures = dict(state["update_figures"])
+        self.rates, self.update_figures = dict(state["rates"]), dict(state["update_figures"])
         self.logs.cut_back(manifest.logs, self.report.note)
         self.training_seconds = _seconds_so_far(self.run_dir)
 
@@ -177,21 +182,26 @@ class _Trainer:
         start = time.perf_counter()
         self.saver.save(self.snapshot())
         self.saved_step = self.step
+        self.begun()
         self.write_summary("running")
         self.saved_at = time.perf_counter()
         self.not_training += self.saved_at - start
 
-    def run(self, stop: StopSignal, begun: Callable[[], None], budget: Budget) -> dict[str, Any]:
+    def run(self, stop: StopSignal, budget: Budget) -> dict[str, Any]:
         """All steps, or those until a signal or the end of the budget; then the end of the run."""
+        if 0 < self.step < self.spec.steps and self.last.get("step") != self.step:
+            self.log_if_due()  # a signal came before the row of this step
         stream = self.corpus.stream(self.spec.seq_len + 1, self.spec.seed)
         b, workers = self.spec.batch_size, self.spec.data_workers
         try:
             with Prefetch(stream, b, first_step=self.step, workers=workers) as batches:
                 while self.step < self.spec.steps and stop.number is None and not self._spent(budget):
                     self.advance(batches)
-                    begun()
                     stop.arm()
-                    if self.step < self.spec.steps:  # the last row is written with the last scores
+                    self.begun()
+                    self.saver.check()
+                    # The last row is written with the last scores, and nothing is scored that a signal waits for.
+                    if self.step < self.spec.steps and stop.number is None:
                         self.log_if_due()
                         self.save_if_due()
             done = self.step == self.spec.steps
@@ -202,13 +212,14 @@ class _Trainer:
             raise
         finally:
             self.logs.close()
-            _wait_quietly(self.saver)
+            if not isinstance(sys.exception(), Stopped):
+                _wait_quietly(self.saver)
 
     def _conclude_non_finite(self) -> None:
         """Keep the state before the bad step, if that is finite; the error is told either way."""
         try:
             self.save_all()
-        except NonFiniteError as error:
+        except (NonFiniteError, StorageError) as error:
             self.report.note(f"warning: {error}")
         self.write_summary("non-finite")
         self.write_report()
@@ -256,6 +267,7 @@ class _Trainer:
             self.update_figures = update_figures(self.stepper.tables.tables, self.stepper.tables.touched(), make)
         else:
             make()
+        self.rates = self.stepper.learning_rates()
         self.telemetry.observe(found.observed)
 
     def leave_out(self, loss: float) -> None:
@@ -264,7 +276,10 @@ class _Trainer:
             f"step {self.step + 1}: the loss is {loss:g} and the gradient norm {self.norm:g}; the update was not made"
         )
         if self.skipped >= self.spec.max_skipped:
-            raise NonFiniteError(f"{what}. A lower train.learning_rate or a longer warm-up usually helps")
+            raise NonFiniteError(
+                f"{what}. A lower train.learning_rate or a longer warm-up usually helps; "
+                "train.max_skipped leaves out so many such steps"
+            )
         self.skipped += 1
         self.report.note(f"warning: {what} ({self.skipped} of at most {self.spec.max_skipped} such steps)")
         self.stepper.skip()
@@ -300,16 +315,19 @@ class _Trainer:
 
     def log(self, scores: dict[str, float]) -> None:
         """A row of metrics for the steps since the one before."""
-        rates, tokens = self.stepper.learning_rates(), self.spec.batch_size * self.spec.seq_len
+        tokens = self.spec.batch_size * self.spec.seq_len
         self.last = {"step": self.step, "tokens": self.step * tokens}
         if self.losses:
             self.last |= {"loss": sum(self.losses) / len(self.losses)}
         if math.isfinite(self.norm):
             self.last |= {"grad_norm": self.norm}
-        self.last |= {"learning_rate": rates["dense"]}
-        self.last |= {"value_learning_rate": rates["values"]} if "values" in rates else {}
+        names = {"dense": "learning_rate", "values": "value_learning_rate"}
+        self.last |= {names[group]: rate for group, rate in self.rates.items()}
         self.last |= {"skipped": self.skipped} if self.skipped else {}
-        self.last |= scores | self.telemetry.figures() | self.update_figures
+        figures = scores | self.telemetry.figures() | self.update_figures
+        self.last |= {name: value for name, value in figures.items() if math.isfinite(value)}
+        if strange := [name for name, value in figures.items() if not math.isfinite(value)]:
+            self.report.note(f"warning: step {self.step}: not finite and not logged: {', '.join(strange)}")
         speed = self.speed()
         self.logs.row(self.last, speed)
         self.losses, self.update_figures = [], {}
@@ -353,7 +371,8 @@ class _Trainer:
             if ended == "done" and self.last.get("step") != self.step:
                 self.log(self.score())
             elif ended == "budget":
-                self.last |= self.score(keep=False)
+                tokens = self.step * self.spec.batch_size * self.spec.seq_len
+                self.last |= {"step": self.step, "tokens": tokens, **self.score(keep=False)}
         finally:
             self.write_summary(ended)
         self.write_report()
@@ -371,7 +390,7 @@ class _Trainer:
         try:
             with storage_errors(self.run_dir):
                 (self.run_dir / REPORT).write_text(run_page(self.run_dir), encoding="utf-8")
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001  whatever is wrong with a picture
             self.report.note(f"warning: no {REPORT}: {error}")
 
     def summary(self, ended: Ending, checkpoint: Path) -> Summary:
@@ -416,8 +435,6 @@ def _seconds_so_far(run_dir: Path) -> float:
 
 
 def _wait_quietly(saver: Saver) -> None:
-    """Nothing is being written when the run ends; what an abandoned save failed with has been told or is moot."""
-    try:
+    """Nothing is being written when the run ends; what an abandoned save failed with is moot beside what ended it."""
+    with suppress(Exception):
         saver.wait()
-    except MemforgeError:
-        return

@@ -21,7 +21,7 @@ from memforge.training.run_directory import PLAN, STEP, run_id
 
 # What may change between two processes of one run: how long it is, and what does not touch the weights.
 CHANGEABLE = re.compile(
-    r"train\.(steps|decay_steps|log_every|checkpoint_every|checkpoint_minutes|keep_checkpoints|async_checkpoints"
+    r"train\.(steps|decay_steps|max_skipped|log_every|checkpoint_every|checkpoint_minutes|keep_checkpoints|async_checkpoints"
     r"|data_workers|tensorboard|wandb)|eval\..*"
 )
 SHOWN_KEYS = 8
@@ -107,5 +107,5 @@ def clear_the_way(run_dir: Path, checkpoint: Path | None, note: Callable[[str], 
             shutil.rmtree(rubble, ignore_errors=True) if rubble.is_dir() else rubble.unlink(missing_ok=True)
     found = checkpoints(run_dir)
     beyond = found[found.index(checkpoint) + 1 :] if checkpoint is not None else found
-    for later in beyond:
+    for later in reversed(beyond):  # the newest first, so that a kill in between leaves what --resume auto expects
         note(f"{later.name} lies beyond the step to go on from: moved to {set_aside(later, 'abandoned').name}")

@@ -14,7 +14,7 @@ from typing import IO, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tokenizers import Tokenizer
 
-from memforge.errors import StorageError, printable
+from memforge.errors import DamagedError, StorageError, printable
 from memforge.plan import read_plan
 from memforge.report.run import METRICS, SAMPLES, SPEED, SUMMARY
 from memforge.report.run import RUN as IDENTITY
@@ -68,16 +68,24 @@ def read_record(path: Path, kind: type[_R], *, exact: bool = False) -> _R:
 
     Raises StorageError when it is absent or damaged.
     """
-    with storage_errors(path):
-        raw = path.read_bytes()
+    raw = read_damaged_if_absent(path)
     try:
         record = kind.model_validate_json(raw)
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise StorageError(f"{path}: damaged" + (f" at `{where}`" if where else "")) from None
+        raise DamagedError(f"{path}: damaged" + (f" at `{where}`" if where else "")) from None
     if exact and raw != json_text(record.model_dump()).encode():
-        raise StorageError(f"{path}: was changed after it was written")
+        raise DamagedError(f"{path}: was changed after it was written")
     return record
+
+
+def read_damaged_if_absent(path: Path) -> bytes:
+    """The content of a file that must be there; what else keeps it from being read may pass."""
+    with storage_errors(path):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise DamagedError(f"{path}: {error.strerror}") from None
 
 
 def read_tokenizer(run_dir: Path) -> Tokenizer:
@@ -169,9 +177,11 @@ def new_run(run_dir: Path, *, overwrite: bool) -> Iterator[Callable[[], None]]:
 
             def started() -> None:
                 nonlocal kept
-                if aside is not None and not kept:
+                if kept:
+                    return
+                kept = True  # first: whatever interrupts the rest must not cost the new run as well
+                if aside is not None:
                     shutil.rmtree(aside, ignore_errors=True)
-                kept = True
 
             try:
                 yield started

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and stop, the second stops at once."""
+"""Ctrl-C, SIGTERM and a lost terminal: the first asks the run to save and stop, the second stops at once."""
 
 import signal
 import threading
@@ -21,7 +21,9 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -14,7 +14,7 @@ from memforge.errors import StorageError, UsageError
 from memforge.machine import require_memory
 from memforge.plan import Plan, TrainPlan
 from memforge.report.cost import si
-from memforge.storage import file_sha256, storage_errors
+from memforge.storage import file_sha256, storage_errors, sync
 from memforge.training import resume as resuming
 from memforge.training.checkpoint import OVERHEAD_BYTES, Manifest, RunIdentity, checkpoints
 from memforge.training.data import Corpus
@@ -61,9 +61,19 @@ def place(
             resuming.clear_the_way(run_dir, None, note)
             yield Start(run_dir, lambda: None)
             return
+        _require_steps_left(plan, found[1], note)
         for change in resuming.require_same_plan(run_dir, plan):
             note(f"changed since the run was last started: {change}")
         yield Start(run_dir, lambda: None, *found)
+
+
+def _require_steps_left(plan: Plan, manifest: Manifest, note: Callable[[str], None]) -> None:
+    """Raises UsageError for a plan that ends before the checkpoint."""
+    steps = checked(plan).steps
+    if manifest.step > steps:
+        raise UsageError(f"train.steps = {steps}: the run is at step {manifest.step} already")
+    if manifest.torch != torch.__version__:
+        note(f"warning: saved with torch {manifest.torch}, this is {torch.__version__}: not the same bits from here on")
 
 
 def identified(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
@@ -77,15 +87,21 @@ def identified(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
     with storage_errors(run_dir):
         if start.manifest is None:
             (run_dir / TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
-        _replace_text(run_dir / PLAN, plan.to_json())
         name = write_identity(run_dir) if start.manifest is None else run_id(run_dir)
         return RunIdentity(name, plan, file_sha256(run_dir / TOKENIZER), corpus_sha256)
 
 
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def write_plan(run_dir: Path, plan: Plan) -> None:
+    """Replace plan.json where it differs; a reader, and a power cut, find the old one or the new one."""
+    path, text = run_dir / PLAN, plan.to_json()
+    with storage_errors(path):
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+        sync(run_dir)
 
 
 def checked(plan: Plan) -> TrainPlan:

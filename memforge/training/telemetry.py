@@ -65,6 +65,7 @@ class Telemetry:
     """
 
     usage: dict[str, SlotUsage]
+    device: torch.device | str = "cpu"
     observed: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
 
@@ -72,7 +73,8 @@ class Telemetry:
     def of(cls, plan: ModelPlan, device: torch.device) -> "Telemetry":
         slots = {row.owner: row.shape[0] for row in plan.params if row.group == "values"}
         readers = {block.path: block.pool_path() for layer in plan.layers for block in layer.blocks}
-        return cls({path: SlotUsage.of(slots[pool], device) for path, pool in readers.items() if pool is not None})
+        usage = {path: SlotUsage.of(slots[pool], device) for path, pool in readers.items() if pool is not None}
+        return cls(usage, device)
 
     def read(self, site: ReadSite, record: Record) -> None:
         """Count a read. A block that reads two tables with the same slots counts once."""
@@ -112,11 +114,10 @@ class Telemetry:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave."""
-        device = next((usage.weight.device for usage in self.usage.values()), torch.device("cpu"))
         self.steps = int(state["steps"])
         for name, value in state.items():
             if name.startswith("observed."):
-                self.observed[name.removeprefix("observed.")] = value.to(device)
+                self.observed[name.removeprefix("observed.")] = value.to(self.device)
         for path, usage in self.usage.items():
             usage.weight.copy_(state[f"{path}.weight"])
             usage.ever.copy_(state[f"{path}.ever"])
