@@ -26,7 +26,11 @@ UNITS = {
     "batch_size": "sequences", "learning_rate": "per step", "value_learning_rate": "per step",
     "weight_decay": "share of the rate", "final_rate": "share of the peak rate", "clip_norm": "norm of the gradient",
     "max_prompts": "prompts or windows", "centered": "layers", "stride": "layers", "every": "layers", "from": "layer",
-    "top_k": "chosen per head, or experts per token",
+    "top_k": "chosen per head, or experts per token", "micro_batch_size": "sequences", "dropout": "share of the elements",
+    "value_weight_decay": "share of the rate", "decay_steps": "optimizer steps", "max_skipped": "optimizer steps",
+    "revive_every": "optimizer steps", "checkpoint_every": "optimizer steps", "checkpoint_minutes": "minutes",
+    "keep_checkpoints": "checkpoints", "data_workers": "threads", "sample_tokens": "tokens",
+    "sample_temperature": "times that of the model",
     "params": "largest |ratio - 1|", "active_params": "largest |ratio - 1|", "flops": "largest |ratio - 1|",
     "bytes": "largest |ratio - 1|",
 }  # fmt: skip
