@@ -54,6 +54,10 @@ log_every = 1
 """
 
 
+# A layer of single-neuron experts; it goes before the [data] of SMALL.
+PEER = '\n[[place]]\nlayers = [1]\nblock = { kind = "peer", num_sub_keys = 6, num_heads = 2, top_k = 3, key_dim = 8 }\n'
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files")
 
@@ -81,6 +85,14 @@ def small(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and shards so small that there are several."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("memforge.training.data.shards.SHARD_TOKENS", 64)
+    return tmp_path / "cache" / "memforge" / "data"
 
 
 def write(path: Path, text: str) -> Path:

@@ -49,6 +49,13 @@ def new_identity(path: Path) -> RunIdentity:
     return RunIdentity(write_identity(path), plan, file_sha256(path / "tokenizer.json"), "0" * 64)
 
 
+def with_two_checkpoints(run: Path) -> RunIdentity:
+    identity = new_identity(run)
+    for step in (1, 2):
+        save_checkpoint(run, snapshot(step), identity)
+    return identity
+
+
 def tensors(value: float) -> dict[str, dict[str, Tensor]]:
     return {
         "model": {"a": torch.full((40, 5), value), "b": torch.arange(7)},
@@ -149,9 +156,7 @@ def test_whichever_storage_call_fails_the_last_checkpoint_is_there(
     while True:
         n += 1
         run = tmp_path / f"run-{n}"
-        identity = new_identity(run)
-        for step in (1, 2):
-            save_checkpoint(run, snapshot(step), identity)
+        identity = with_two_checkpoints(run)
         reached = saved_with_a_fault(run, identity, n, how, monkeypatch)
         newest, _ = newest_sound(run, checkpoints(run), lambda message: None)
         outcomes.append(step_of(newest))
@@ -173,9 +178,7 @@ def test_killed_at_any_storage_call_the_last_checkpoint_is_there(
     while True:
         n += 1
         run = tmp_path / f"run-{n}"
-        identity = new_identity(run)
-        for step in (1, 2):
-            save_checkpoint(run, snapshot(step), identity)
+        identity = with_two_checkpoints(run)
         child = os.fork()
         if not child:
             try:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, write
-from test_tables import PEER, gradients
+from conftest import PEER, SMALL, write
+from test_tables import gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

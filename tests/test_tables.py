@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SMALL, write
+from conftest import PEER, REPO, SMALL, write
 from torch import Tensor
 
 from memforge.build import build_model
@@ -18,8 +18,6 @@ from memforge.training.checkpoint import open_run
 from memforge.training.optimizer import Stepper
 from memforge.training.schedule import PEAK
 from memforge_kernels.row_update import segment_sum
-
-PEER = '\n[[place]]\nlayers = [1]\nblock = { kind = "peer", num_sub_keys = 6, num_heads = 2, top_k = 3, key_dim = 8 }\n'
 
 
 def planned(path: Path, *overrides: str) -> tuple[Plan, TrainPlan]:

@@ -12,6 +12,7 @@ from conftest import SMALL, write
 from test_resume import Notes
 
 from memforge.build import build_model
+from memforge.cost import estimate
 from memforge.cost.devices import DEVICES
 from memforge.errors import DeviceError, NonFiniteError
 from memforge.plan import Plan, make_plan
@@ -152,17 +153,15 @@ def test_a_skipped_step_changes_no_weight(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_speed_is_a_share_of_the_peak(tmp_path: Path) -> None:
     plan = planned(tmp_path)
-    use = MachineUse(plan, Peak(1e9, 1e9))
     tokens, width = 4 * 48, 32 * 4
-    from memforge.cost import estimate
-
-    flops = estimate(plan.model, seq_len=48).as_dict()["flops_per_token"]["total"] * tokens
+    per_token = estimate(plan.model, seq_len=48).as_dict()["flops_per_token"]["total"]
+    use, flops = MachineUse(plan, per_token, Peak(1e9, 1e9)), per_token * tokens
     shares = use.shares(10, 5.0)
     assert shares["mfu"] == pytest.approx(10 * flops / 5.0 / 1e9, abs=1e-4)
     # Two layers of 2 x 4 reads, forward and backward; an update of weights, gradient and moments of at most 64 rows.
     reads = 2 * tokens * 2 * 8 * width
     assert reads <= use.pool_bytes <= reads + 64 * width * 7
-    assert MachineUse(plan, Peak(None, None)).shares(1, 1.0) == {}
+    assert MachineUse(plan, per_token, Peak(None, None)).shares(1, 1.0) == {}
     assert DEVICES["H100"].flops_per_second > 9e14
 
 

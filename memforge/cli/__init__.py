@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from memforge import __version__
 from memforge.cli import build, data, doctor, explain, inspect, kernels, match, profile, runs, specs
+from memforge.cli.options import APP
 from memforge.errors import InterruptedRunError, MemforgeError, SpecError, Stopped, printable
 from memforge.report.console import forget_stdout, plain, print_json
 from memforge.report.diagnostics import error_record, show
@@ -89,11 +90,7 @@ app = typer.Typer(
     name="memforge",
     cls=_Group,
     help="Compile a TOML spec of a language model with memory layers; prove its budget; train it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    **APP,
 )
 
 

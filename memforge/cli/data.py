@@ -5,18 +5,10 @@ from typing import Any
 
 import typer
 
-from memforge.cli.options import DataRoot, Json, Set, SpecPath, SpecRoot, load
+from memforge.cli.options import APP, DataRoot, Json, Set, SpecPath, SpecRoot, load
 from memforge.report.console import console, print_json
 
-data_app = typer.Typer(
-    name="data",
-    help="Prepare the data of a spec, or say what it is made of.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+data_app = typer.Typer(name="data", help="Prepare the data of a spec, or say what it is made of.", **APP)
 
 
 @data_app.command("prepare")

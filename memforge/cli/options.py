@@ -10,6 +10,15 @@ import typer
 from memforge.errors import DeviceError, UsageError, printable
 from memforge.spec import Spec, load_spec
 
+# Of every typer app; rich must not fold what it prints, and errors are ours to explain.
+APP: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
 SpecPath = Annotated[Path, typer.Argument(metavar="SPEC", help="A TOML spec.", show_default=False)]
 Set = Annotated[
     list[str] | None,

@@ -1,6 +1,5 @@
 """Commands on runs: train, eval and generate."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ from memforge.cli.match import Given, with_fix
 from memforge.cli.options import DataRoot, Device, Json, NoParity, Set, SpecPath, SpecRoot, load, torch_device
 from memforge.errors import UsageError, is_text, printable
 from memforge.report.console import console, plain, print_json
+from memforge.report.run import STEP
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 
@@ -84,7 +84,7 @@ def train(
 def _resumed(spec: Path, out: Path | None, resume: str) -> Path:
     """The run that --resume goes on with: the one the checkpoint's path lies in, or --out, or SPEC itself."""
     named = resume == "auto" or resume.startswith("step=")
-    if not named and not re.fullmatch(r"step-[0-9]{8,}", Path(resume).name):
+    if not named and STEP.fullmatch(Path(resume).name) is None:
         raise UsageError(f"--resume {printable(resume)}: expected auto, step=N or the path of a checkpoint step-<n>")
     by_path = None if named else Path(resume).parent
     if by_path is not None and out is not None and by_path.resolve() != out.resolve():

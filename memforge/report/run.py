@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from memforge.storage import storage_errors
 METRICS, SPEED, SAMPLES, SUMMARY, RUN = "metrics.jsonl", "speed.jsonl", "samples.jsonl", "summary.json", "run.json"
 SPEEDS = ("tokens_per_second", "mfu", "memory_bandwidth", "waiting_for_data")
 LAYER_MEASURES = ("slots_used", "slots_ever", "entropy", "kl", "top_1pct", "read_norm")
+STEP = re.compile(r"step-([0-9]{8,})")  # the directory of a checkpoint
 UNENDED = "running, or killed"
 
 # A memory is judged by the slots it never read once it has made so many reads for each of them: spread evenly, these

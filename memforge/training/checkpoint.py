@@ -10,7 +10,7 @@ import json
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -286,13 +286,10 @@ class Saver:
 
     def _save(self, snapshot: Snapshot) -> None:
         save_checkpoint(self.run_dir, snapshot, self.run)
-        for old in self._surplus():
+        # The newest has just been read back, so what stays is never without a sound one.
+        for old in checkpoints(self.run_dir)[: -self.keep]:
             # Under another name first: what is half deleted must not pass for a checkpoint.
             shutil.rmtree(set_aside(old, "tmp"), ignore_errors=True)
-
-    def _surplus(self) -> Iterator[Path]:
-        """Called when the newest has just been read back, so what stays is never without a sound one."""
-        yield from checkpoints(self.run_dir)[: -self.keep]
 
 
 def open_run(run_dir: Path, device: str) -> tuple[Plan, nn.Module, Tokenizer, Path]:

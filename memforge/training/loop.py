@@ -127,8 +127,8 @@ class _Trainer:
         self.saver = Saver(run_dir, identity, keep=run.keep_checkpoints, in_background=run.async_checkpoints)
         self.logs = Logs(run_dir, plan, identity.run_id, report.note)
         self.begun = start.begun
-        self.use = MachineUse(plan, peak_of(device))
         self.cost = estimate(plan.model, seq_len=run.seq_len).as_dict()
+        self.use = MachineUse(plan, self.cost["flops_per_token"]["total"], peak_of(device))
         self.step, self.skipped = 0, 0
         self.losses: list[float] = []
         self.norm, self.rates, self.update_figures = math.nan, dict[str, float](), dict[str, float]()
@@ -224,9 +224,13 @@ class _Trainer:
         self.write_summary("non-finite")
         self.write_report()
 
+    @property
+    def tokens(self) -> int:
+        """Those of all steps so far."""
+        return self.step * self.spec.batch_size * self.spec.seq_len
+
     def _spent(self, budget: Budget) -> bool:
-        tokens = self.step * self.spec.batch_size * self.spec.seq_len
-        return budget.is_spent(self.step, tokens, time.perf_counter() - self.started)
+        return budget.is_spent(self.step, self.tokens, time.perf_counter() - self.started)
 
     def advance(self, batches: Prefetch) -> None:
         """One step: gradients and, if they are finite, the update."""
@@ -315,8 +319,7 @@ class _Trainer:
 
     def log(self, scores: dict[str, float]) -> None:
         """A row of metrics for the steps since the one before."""
-        tokens = self.spec.batch_size * self.spec.seq_len
-        self.last = {"step": self.step, "tokens": self.step * tokens}
+        self.last = {"step": self.step, "tokens": self.tokens}
         if self.losses:
             self.last |= {"loss": sum(self.losses) / len(self.losses)}
         if math.isfinite(self.norm):
@@ -371,8 +374,7 @@ class _Trainer:
             if ended == "done" and self.last.get("step") != self.step:
                 self.log(self.score())
             elif ended == "budget":
-                tokens = self.step * self.spec.batch_size * self.spec.seq_len
-                self.last |= {"step": self.step, "tokens": tokens, **self.score(keep=False)}
+                self.last |= {"step": self.step, "tokens": self.tokens, **self.score(keep=False)}
         finally:
             self.write_summary(ended)
         self.write_report()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from memforge.blocks.base import BYTES_PER_ELEMENT
-from memforge.cost import estimate
 from memforge.cost.calibration import read_calibration
 from memforge.cost.devices import DEVICES
 from memforge.cost.ledger import touched
@@ -34,20 +33,19 @@ def peak_of(device: str) -> Peak:
 
 
 class MachineUse:
-    """Turns the time of steps into shares of a device's peak."""
+    """Turns the time of steps into shares of a device's peak. `flops` and `pool_bytes` are those of a step."""
 
-    def __init__(self, plan: Plan, peak: Peak) -> None:
+    def __init__(self, plan: Plan, flops_per_token: float, peak: Peak) -> None:
         train = plan.run.train
         assert train is not None
-        self.peak, self.tokens = peak, train.batch_size * train.seq_len
-        self.flops = float(estimate(plan.model, seq_len=train.seq_len).as_dict()["flops_per_token"]["total"])
-        self.pool_bytes = _pool_bytes(plan, self.tokens)
+        self.peak, tokens = peak, train.batch_size * train.seq_len
+        self.flops, self.pool_bytes = tokens * flops_per_token, _pool_bytes(plan, tokens)
 
     def shares(self, steps: int, seconds: float) -> dict[str, float]:
         """mfu: counted FLOPs over the peak; memory_bandwidth: bytes of pool rows that were moved over the peak."""
         found = {}
         if self.peak.flops_per_second is not None:
-            found["mfu"] = steps * self.tokens * self.flops / seconds / self.peak.flops_per_second
+            found["mfu"] = steps * self.flops / seconds / self.peak.flops_per_second
         if self.peak.bytes_per_second is not None and self.pool_bytes:
             found["memory_bandwidth"] = steps * self.pool_bytes / seconds / self.peak.bytes_per_second
         return {name: round(value, 4) for name, value in found.items()}

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -16,13 +15,12 @@ from tokenizers import Tokenizer
 
 from memforge.errors import DamagedError, StorageError, printable
 from memforge.plan import read_plan
-from memforge.report.run import METRICS, SAMPLES, SPEED, SUMMARY
+from memforge.report.run import METRICS, SAMPLES, SPEED, STEP, SUMMARY
 from memforge.report.run import RUN as IDENTITY
 from memforge.storage import json_text, storage_errors, write_json
 
 FORMAT_VERSION = 2
 PLAN, TOKENIZER, REPORT, LOCK = "plan.json", "tokenizer.json", "report.html", ".lock"
-STEP = re.compile(r"step-([0-9]{8,})")
 _OURS = frozenset((PLAN, TOKENIZER, SUMMARY, IDENTITY, METRICS, SPEED, SAMPLES, REPORT, LOCK, "tensorboard", "wandb"))
 _ASIDE = (".tmp-step-", ".bad-step-", ".abandoned-step-")
 
