@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, write
+from conftest import REPO, SMALL, memforge, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_data import FACTS, facts, loaded
@@ -292,6 +292,14 @@ def test_the_tokens_of_text_do_not_depend_on_shards_or_pieces(cache: Path, tmp_p
     flat = np.empty(packed.num_tokens, np.int32)
     packed.read_into(flat, 0)
     assert flat.tolist() == [END_ID, *corpus.tokenizer.encode(words(20_000)).ids]
+
+
+def test_a_data_root_that_is_not_there_is_named(tmp_path: Path) -> None:
+    spec = REPO / "specs" / "text-demo.toml"
+    done = memforge("train", spec, "--data-root", tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"starts at {tmp_path / 'nowhere'}, which is no directory; --data-root DIR" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("path", ["../a.txt", "/etc/passwd", "absent.txt", "loop", "folder"])

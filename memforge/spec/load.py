@@ -78,6 +78,8 @@ def data_path(root: Path, name: str) -> Path:
     """Where a data path leads: relative, inside `root` after links are resolved. Raises ValueError saying why not."""
     if Path(name).is_absolute() or "\0" in name or "://" in name:
         raise ValueError("must be a relative path; --data-root DIR says where it starts")
+    if not root.is_dir():
+        raise ValueError(f"starts at {printable(str(root))}, which is no directory; --data-root DIR says where")
     target = resolved(root / name)
     if target is None:
         raise ValueError("is not a path that can be followed")
