@@ -97,6 +97,20 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file anew: a reader, a failure and a power cut leave the old content or the new."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with storage_errors(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
 def json_text(record: Any) -> str:
     """The one way in which a record is written."""
     return json.dumps(record, indent=1, sort_keys=True) + "\n"

@@ -17,7 +17,7 @@ from memforge.errors import DamagedError, StorageError, printable
 from memforge.plan import read_plan
 from memforge.report.run import METRICS, SAMPLES, SPEED, STEP, SUMMARY
 from memforge.report.run import RUN as IDENTITY
-from memforge.storage import json_text, storage_errors, write_json
+from memforge.storage import json_text, replace_file, storage_errors
 
 FORMAT_VERSION = 2
 PLAN, TOKENIZER, REPORT, LOCK = "plan.json", "tokenizer.json", "report.html", ".lock"
@@ -226,19 +226,9 @@ def _moved_aside(run_dir: Path, *, wanted: bool) -> Iterator[Path | None]:
 def write_identity(run_dir: Path) -> str:
     """Give a new run its id."""
     identity = Identity(format_version=FORMAT_VERSION, run_id=secrets.token_hex(16))
-    with storage_errors(run_dir):
-        write_json(run_dir / IDENTITY, identity.model_dump())
+    replace_file(run_dir / IDENTITY, json_text(identity.model_dump()))
     return identity.run_id
 
 
 def write_summary(run_dir: Path, summary: Summary) -> None:
-    """Replace the summary; a reader sees the old one or the new one."""
-    path = run_dir / SUMMARY
-    temporary = path.with_name(f".tmp-{SUMMARY}")
-    with storage_errors(run_dir):
-        try:
-            write_json(temporary, summary.model_dump(exclude_none=True))
-            temporary.replace(path)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+    replace_file(run_dir / SUMMARY, json_text(summary.model_dump(exclude_none=True)))

@@ -14,7 +14,7 @@ from memforge.errors import StorageError, UsageError
 from memforge.machine import require_memory
 from memforge.plan import Plan, TrainPlan
 from memforge.report.cost import si
-from memforge.storage import file_sha256, storage_errors, sync
+from memforge.storage import file_sha256, replace_file, storage_errors
 from memforge.training import resume as resuming
 from memforge.training.checkpoint import OVERHEAD_BYTES, Manifest, RunIdentity, checkpoints
 from memforge.training.data import Corpus
@@ -58,22 +58,16 @@ def place(
         found = resuming.chosen(run_dir, resume, note)
         if found is None:
             note(f"{run_dir} has no checkpoint yet: it starts over")
-            resuming.clear_the_way(run_dir, None, note)
             yield Start(run_dir, lambda: None)
             return
-        _require_steps_left(plan, found[1], note)
+        manifest = found[1]
+        if manifest.step > checked(plan).steps:
+            raise UsageError(f"train.steps = {checked(plan).steps}: the run is at step {manifest.step} already")
+        if manifest.torch != torch.__version__:
+            note(f"warning: saved with torch {manifest.torch}, this is {torch.__version__}: bits may differ from here")
         for change in resuming.require_same_plan(run_dir, plan):
             note(f"changed since the run was last started: {change}")
         yield Start(run_dir, lambda: None, *found)
-
-
-def _require_steps_left(plan: Plan, manifest: Manifest, note: Callable[[str], None]) -> None:
-    """Raises UsageError for a plan that ends before the checkpoint."""
-    steps = checked(plan).steps
-    if manifest.step > steps:
-        raise UsageError(f"train.steps = {steps}: the run is at step {manifest.step} already")
-    if manifest.torch != torch.__version__:
-        note(f"warning: saved with torch {manifest.torch}, this is {torch.__version__}: not the same bits from here on")
 
 
 def identified(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
@@ -84,24 +78,20 @@ def identified(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
     run_dir, corpus_sha256 = start.run_dir, str(corpus.description["corpus_sha256"])
     if start.manifest is not None and start.manifest.corpus_sha256 != corpus_sha256:
         raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
+    if start.manifest is None:
+        replace_file(run_dir / TOKENIZER, corpus.tokenizer.to_str())
+    name = write_identity(run_dir) if start.manifest is None else run_id(run_dir)
     with storage_errors(run_dir):
-        if start.manifest is None:
-            (run_dir / TOKENIZER).write_text(corpus.tokenizer.to_str(), encoding="utf-8")
-        name = write_identity(run_dir) if start.manifest is None else run_id(run_dir)
         return RunIdentity(name, plan, file_sha256(run_dir / TOKENIZER), corpus_sha256)
 
 
 def write_plan(run_dir: Path, plan: Plan) -> None:
-    """Replace plan.json where it differs; a reader, and a power cut, find the old one or the new one."""
+    """The plan of the run from now on, if that is another one."""
     path, text = run_dir / PLAN, plan.to_json()
     with storage_errors(path):
-        if path.exists() and path.read_text(encoding="utf-8") == text:
-            return
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
-        sync(run_dir)
+        is_written = path.exists() and path.read_text(encoding="utf-8") == text
+    if not is_written:
+        replace_file(path, text)
 
 
 def checked(plan: Plan) -> TrainPlan:
