@@ -148,8 +148,8 @@ class Ours(Arm):
 
     def backward(self, y: Tensor) -> None:
         super().backward(y)
-        for table, record, tap in zip(self.tape.tables, self.tape.records, self.tape.taps, strict=True):
-            self.rows.add(table, record.read(tap.grad))
+        for table, record in zip(self.tape.tables, self.tape.records, strict=True):
+            self.rows.add(table, record.read())
 
 
 ARMS: Mapping[str, tuple[type[Arm], str]] = {

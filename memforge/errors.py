@@ -83,9 +83,13 @@ class Diagnostic:
 
 
 class MemforgeError(Exception):
-    """Base of all errors meant for users; the message is the whole explanation."""
+    """Base of all errors meant for users; the message is the whole explanation.
+
+    `of_all_ranks`: every rank of the run raises it, so that one tells of it.
+    """
 
     exit_code = 3
+    of_all_ranks = False
 
 
 class CheckFailedError(MemforgeError):

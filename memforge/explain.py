@@ -32,6 +32,7 @@ UNITS = {
     "revive_every": "optimizer steps", "checkpoint_every": "optimizer steps", "checkpoint_minutes": "minutes",
     "keep_checkpoints": "checkpoints", "data_workers": "threads", "sample_tokens": "tokens",
     "sample_temperature": "times that of the model",
+    "dp_replicate": "ranks", "dp_shard": "ranks", "memory": "ranks", "timeout_minutes": "minutes",
     "params": "largest |ratio - 1|", "active_params": "largest |ratio - 1|", "flops": "largest |ratio - 1|",
     "bytes": "largest |ratio - 1|",
 }  # fmt: skip
@@ -95,7 +96,7 @@ def explain(spec: Spec, name: str, seq_len: int) -> Explanation:
         unit=UNITS.get(str(place[-1])) if _is_number(field) else None,
         places=tuple((dotted(p), plain_value(value_of(spec, p)), origin(spec, p)) for p in key.places),
         effects=tuple(effects),
-        of_model=place[0] not in ("data", "train", "eval", "parity"),
+        of_model=place[0] not in ("data", "train", "parallel", "eval", "parity"),
         parameters=_folded(parameters),
         ops=_folded(ops),
     )

@@ -15,11 +15,13 @@ from pydantic import Field, ValidationError
 from memforge.blocks import union_of
 from memforge.blocks.base import BYTES_PER_ELEMENT, DType, Init, KindPlan, Param, PlanModel, RowReads, constant, normal
 from memforge.errors import StorageError
+from memforge.mesh import Mesh
 from memforge.spec.checks import selections, site_of
 from memforge.spec.schema import (
     NAME,
     Data,
     EvalSpec,
+    ParallelSpec,
     ScheduleName,
     Spec,
     ToleranceSpec,
@@ -27,7 +29,7 @@ from memforge.spec.schema import (
     parts_at,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Block: Any = union_of("block", "plan")
 Mixer: Any = union_of("mixer", "plan")
 Pool: Any = union_of("pool", "plan")
@@ -121,10 +123,11 @@ class TrainPlan(TrainSpec):
 
 
 class RunPlan(PlanModel):
-    """Data, training and evaluation."""
+    """Data, training, ranks and evaluation."""
 
     data: Data | None
     train: TrainPlan | None
+    parallel: ParallelSpec
     eval: EvalSpec
 
     @property
@@ -166,6 +169,13 @@ class Plan(PlanModel):
         return json.dumps(record, indent=1, sort_keys=True) + "\n"
 
 
+def on_mesh(plan: Plan, mesh: Mesh) -> Plan:
+    """The same plan, to be run on another mesh."""
+    axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "memory": mesh.memory}
+    run = plan.run.model_copy(update={"parallel": plan.run.parallel.model_copy(update=axes)})
+    return plan.model_copy(update={"run": run})
+
+
 def plan_from_json(text: str, origin: str) -> Plan:
     """The plan that `Plan.to_json` wrote. Raises StorageError when it is damaged or of another format."""
     try:
@@ -202,7 +212,7 @@ def make_plan(spec: Spec) -> Plan:
             tolerance=spec.parity.tolerance,
             baseline=make_model_plan(spec.baseline),
         )
-    run = RunPlan(data=spec.data, train=_train_plan(spec), eval=spec.eval)
+    run = RunPlan(data=spec.data, train=_train_plan(spec), parallel=spec.parallel, eval=spec.eval)
     return Plan(name=spec.model.name, model=make_model_plan(spec), run=run, parity=parity)
 
 

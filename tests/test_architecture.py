@@ -9,7 +9,7 @@ from conftest import REPO
 
 # Earlier stages first. A module may import its own stage and those before it.
 STAGES = (
-    ("memforge.errors", "memforge.storage", "memforge.machine"),
+    ("memforge.errors", "memforge.storage", "memforge.machine", "memforge.pieces", "memforge.mesh"),
     ("memforge.blocks",),
     ("memforge.spec",),
     ("memforge.plan",),
@@ -22,6 +22,7 @@ STAGES = (
     ("memforge.training",),
     ("memforge.profile",),
     ("memforge.export",),
+    ("memforge.launch",),
     ("memforge.cli", "memforge.__main__"),
 )
 FILES = sorted((REPO / "memforge").rglob("*.py"))

@@ -28,9 +28,10 @@ from memforge.training.checkpoint import (
     Saver,
     Snapshot,
     checkpoints,
-    load_tensors,
     newest_sound,
+    read_manifest,
     save_checkpoint,
+    stored,
     verify,
 )
 from memforge.training.resume import chosen
@@ -65,6 +66,11 @@ def tensors(value: float) -> dict[str, dict[str, Tensor]]:
 
 def snapshot(step: int) -> Snapshot:
     return Snapshot(step, tensors(float(step)), {"losses": [0.1 * step]})
+
+
+def load_tensors(checkpoint: Path, kind: str) -> dict[str, Tensor]:
+    found = stored(checkpoint, read_manifest(checkpoint), kind)
+    return {name: found.read(name) for name in found}
 
 
 def step_of(checkpoint: Path) -> int:

@@ -18,9 +18,10 @@ from memforge.cost import estimate
 from memforge.cost.access import distinct_uniform, distinct_zipf
 from memforge.cost.devices import Device
 from memforge.cost.ledger import touched
-from memforge.cost.mesh import Mesh, parse_mesh, per_rank
+from memforge.cost.mesh import per_rank
 from memforge.cost.roofline import roofline
 from memforge.errors import CheckFailedError, UsageError
+from memforge.mesh import Mesh, parse_mesh
 from memforge.plan import Plan, make_plan
 from memforge.profile.counter import require_exact
 from memforge.profile.measure import measure_step
@@ -211,10 +212,15 @@ def test_ranks_hold_rows_of_the_dense_part_and_columns_of_pools() -> None:
     split = per_rank(plan, Mesh(dp_replicate=3, dp_shard=2, memory=4))
     assert split["ranks"] == 24
     assert split["pool_params_per_rank"] == 96 * 96 * 128 // 4
-    rows = [(row.shape[0], row.numel // row.shape[0]) for row in plan.params if row.group == "dense"]
-    assert split["dense_params_per_rank"] == sum(-(-n // 8) * width for n, width in rows)
-    with pytest.raises(UsageError, match=r"memory=5 does not divide the 128 columns of pool\.facts\.values"):
-        per_rank(plan, Mesh(memory=5))
+    dense = [row for row in plan.params if row.group == "dense"]
+    # Along the first dimension that 8 divides, which all have: 4 heads and 2 halves have 96 sub-keys.
+    assert {any(n % 8 == 0 for n in row.shape) for row in dense} == {True}
+    assert split["dense_params_per_rank"] == sum(row.numel for row in dense) // 8
+    uneven = per_rank(plan, Mesh(dp_shard=7))
+    assert uneven["dense_params_per_rank"] == sum(-(-row.shape[0] // 7) * (row.numel // row.shape[0]) for row in dense)
+    assert per_rank(plan, Mesh(memory=3))["pool_params_per_rank"] == 96 * 96 * 43
+    with pytest.raises(UsageError, match=r"memory=129 is more than the 128 columns of pool\.facts\.values"):
+        per_rank(plan, Mesh(memory=129))
 
 
 @pytest.mark.parametrize(
@@ -285,11 +291,11 @@ def test_a_step_beyond_the_machine_is_not_measured() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--device", "H1000"], ["--mesh", "dp=2"], ["--mesh", "memory=5"]])
+@pytest.mark.parametrize("arguments", [["--device", "H1000"], ["--mesh", "dp=2"], ["--mesh", "memory=129"]])
 def test_unknown_devices_and_meshes_are_refused_with_the_known_ones(arguments: list[str]) -> None:
     done = memforge("profile", DEMO / "memory.toml", *arguments)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert any(known in done.stderr for known in ("MI300X", "dp_shard", "does not divide"))
+    assert any(known in done.stderr for known in ("MI300X", "dp_shard", "more than the 128 columns"))
 
 
 def test_numbers_are_never_cut_on_a_narrow_screen(monkeypatch: pytest.MonkeyPatch) -> None:

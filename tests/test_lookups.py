@@ -14,6 +14,7 @@ from memforge.errors import UsageError
 from memforge.plan import make_plan
 from memforge.spec import load_spec
 from memforge.training import lookups
+from memforge_kernels import Reader
 
 
 def test_slots_of_a_text_are_those_that_the_blocks_choose(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_slots_of_a_text_are_those_that_the_blocks_choose(tmp_path: Path) -> Non
     assert len(found) == len(tokens)
     for path in MEMORIES:
         block, flat = model.get_submodule(path), inputs[path].flatten(0, 1)
-        slots, weights = block.lookup(flat)
+        slots, weights = block.lookup(flat, Reader())
         if path == "layers.1.peer":
             hidden = torch.einsum("nd,nkd->nk", flat, block.pool.down[slots])
             weights = weights * torch.nn.functional.gelu(hidden)

@@ -1,7 +1,7 @@
 """Reads of tables, done or recorded: what a row-sparse optimizer needs instead of a dense gradient."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -12,23 +12,39 @@ from memforge_kernels.weighted_gather import weighted_gather
 
 
 class Gathered(NamedTuple):
-    """A weighted_gather that was made; `rows`, its gradient, meets the weights."""
+    """A weighted_gather that was made. `tap` receives its gradient, rows, which meet the weights.
+
+    Where a table is shared out among ranks, slots and weights are those that this rank asked for, and `served` is the
+    read that it made of its part, for all of them.
+    """
 
     slots: Tensor
     weights: Tensor
+    tap: Tensor | None = None
+    served: Union["Record", None] = None
 
-    def read(self, rows: Tensor) -> Read:
-        return Read(self.slots, self.weights, rows)
+    def read(self) -> Read | None:
+        """The read as a RowOptimizer takes it; None where no gradient came back."""
+        if self.served is not None:
+            return self.served.read()
+        rows = None if self.tap is None else self.tap.grad
+        return None if rows is None else Read(self.slots, self.weights, rows)
 
 
 class Dotted(NamedTuple):
-    """A gather_dot that was made; `weights`, its gradient, meets the vectors."""
+    """A gather_dot that was made. `tap` receives its gradient, weights, which meet the vectors; `served` as above."""
 
     slots: Tensor
     x: Tensor
+    tap: Tensor | None = None
+    served: Union["Record", None] = None
 
-    def read(self, weights: Tensor) -> Read:
-        return Read(self.slots, weights, self.x)
+    def read(self) -> Read | None:
+        """The read as a RowOptimizer takes it; None where no gradient came back."""
+        if self.served is not None:
+            return self.served.read()
+        weights = None if self.tap is None else self.tap.grad
+        return None if weights is None else Read(self.slots, weights, self.x)
 
 
 Record = Gathered | Dotted
@@ -38,6 +54,9 @@ class Reader:
     """Reads tables by the ops and records nothing; gradients of tables are autograd's, dense."""
 
     records: Sequence[Record] = ()
+
+    def announce(self, slots: Tensor, num_slots: int) -> None:
+        """Slots of a table of `num_slots` rows that are about to be read: a reader may fetch them from now on."""
 
     def weighted_gather(self, table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         return weighted_gather(table, slots, weights)
@@ -64,29 +83,34 @@ class Recorder(Reader):
 class Tape(Reader):
     """Reads tables outside of autograd and records how: the gradient of a table stays in the factors it is made of.
 
-    A tap, a zero that is added to what a read returns, receives the gradient there as its `.grad`; `record.read(grad)`
-    is the read as a RowOptimizer takes it. A tape makes its own taps; where the forward pass is compiled they must come
-    from outside, in the order of the reads and of the shapes of their outputs.
+    A tap, a zero that is added to what a read returns, receives the gradient there as its `.grad`. A tape makes its own
+    taps; where the forward pass is compiled they must come from outside, in the order of the reads and of the shapes of
+    their outputs.
     """
 
     def __init__(self, taps: Sequence[Tensor] | None = None) -> None:
         self.given = taps
-        self.taps: list[Tensor] = []
         self.tables: list[Tensor] = []
         self.records: list[Record] = []
 
     def weighted_gather(self, table: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-        return self._tapped(table, Gathered(slots, weights.detach()), weighted_gather(table.detach(), slots, weights))
+        out = weighted_gather(table.detach(), slots, weights)
+        tap = self._tap(out)
+        self._record(table, Gathered(slots, weights.detach(), tap))
+        return out + tap
 
     def gather_dot(self, x: Tensor, table: Tensor, slots: Tensor) -> Tensor:
-        return self._tapped(table, Dotted(slots, x.detach()), gather_dot(x, table.detach(), slots))
+        out = gather_dot(x, table.detach(), slots)
+        tap = self._tap(out)
+        self._record(table, Dotted(slots, x.detach(), tap))
+        return out + tap
 
-    def _tapped(self, table: Tensor, record: Record, out: Tensor) -> Tensor:
-        tap = new_tap(out.shape, out) if self.given is None else self.given[len(self.records)]
-        self.taps.append(tap)
+    def _tap(self, out: Tensor) -> Tensor:
+        return new_tap(out.shape, out) if self.given is None else self.given[len(self.records)]
+
+    def _record(self, table: Tensor, record: Record) -> None:
         self.tables.append(table)
         self.records.append(record)
-        return out + tap
 
 
 def new_tap(shape: Sequence[int], like: Tensor) -> Tensor:

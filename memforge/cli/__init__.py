@@ -10,8 +10,16 @@ from typer.core import TyperGroup
 
 from memforge import __version__
 from memforge.cli import build, data, doctor, explain, inspect, kernels, match, profile, runs, specs
-from memforge.cli.options import APP
-from memforge.errors import InterruptedRunError, MemforgeError, SpecError, Stopped, printable
+from memforge.cli.options import APP, is_other_rank
+from memforge.errors import (
+    CheckFailedError,
+    InterruptedRunError,
+    MemforgeError,
+    SpecError,
+    Stopped,
+    UsageError,
+    printable,
+)
 from memforge.report.console import forget_stdout, plain, print_json
 from memforge.report.diagnostics import error_record, show
 
@@ -38,6 +46,8 @@ class _Group(TyperGroup):
                     _print_errors([{"message": error.format_message()}])
                 raise
             code, message = _explained(error)
+            if is_other_rank() and _concerns_all(error):
+                raise typer.Exit(code) from None
             if as_json:
                 _print_errors(
                     [d.as_dict() for d in error.diagnostics] if isinstance(error, SpecError) else [{"message": message}]
@@ -53,6 +63,12 @@ class _Group(TyperGroup):
 
 def _print_errors(errors: list[dict[str, Any]]) -> None:
     print_json({"ok": False, "errors": [error_record(error) for error in errors]})
+
+
+def _concerns_all(error: BaseException) -> bool:
+    """Whether the first rank says the same: what all have agreed on, or what they have all been given."""
+    same = isinstance(error, (SpecError, UsageError, CheckFailedError))
+    return same or (isinstance(error, MemforgeError) and error.of_all_ranks)
 
 
 def _explained(error: BaseException) -> tuple[int, str]:

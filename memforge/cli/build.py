@@ -39,7 +39,7 @@ def build(
 ) -> None:
     """Validate, plan, prove the budget, export the graph; write the build directory."""
     from memforge.cost import estimate
-    from memforge.cost.mesh import parse_mesh
+    from memforge.mesh import parse_mesh
     from memforge.parity import claimed, report_seq_len, require
     from memforge.plan import make_plan
     from memforge.report.cost import cost_record

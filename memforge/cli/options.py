@@ -1,5 +1,6 @@
 """Options that several commands share, and how they become a spec."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,11 @@ MeshOption = Annotated[
     typer.Option("--mesh", metavar="AXIS=N,..", help="What a rank holds; axes dp_replicate, dp_shard, memory."),
 ]
 NoParity = Annotated[bool, typer.Option("--no-parity", help="Go on although the [parity] claim fails.")]
+
+
+def is_other_rank() -> bool:
+    """Whether this is a rank of a run that is not the first, which speaks for all."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def load(

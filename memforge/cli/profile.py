@@ -61,7 +61,7 @@ def profile(
 ) -> None:
     """The ledger: parameters, FLOPs, bytes, memory and time, and the verdict on parity. Torch only to measure."""
     from memforge.cost import estimate
-    from memforge.cost.mesh import parse_mesh
+    from memforge.mesh import parse_mesh
     from memforge.parity import claimed, report_seq_len
     from memforge.plan import make_plan
     from memforge.report import cost as tables

@@ -1,13 +1,28 @@
 """Commands on runs: train, eval and generate."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from memforge.cli.match import Given, with_fix
-from memforge.cli.options import DataRoot, Device, Json, NoParity, Set, SpecPath, SpecRoot, load, torch_device
+from memforge.cli.options import (
+    DataRoot,
+    Device,
+    Json,
+    MeshOption,
+    NoParity,
+    Set,
+    SpecPath,
+    SpecRoot,
+    is_other_rank,
+    load,
+    torch_device,
+)
 from memforge.errors import UsageError, is_text, printable
+from memforge.mesh import parse_mesh
 from memforge.report.console import console, plain, print_json
 from memforge.report.run import STEP
 
@@ -37,11 +52,16 @@ def train(
     spec_root: SpecRoot = None,
     data_root: DataRoot = None,
     device: Device = None,
+    mesh: MeshOption = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine, as torchrun would.")
+    ] = None,
     no_parity: NoParity = False,
     json_: Json = False,
 ) -> None:
     """Train a spec or a build directory; evaluate it; leave a run directory with checkpoints, metrics and a report."""
     from memforge.parity import claimed, require
+    from memforge.plan import on_mesh
 
     if overwrite and out is None:
         raise UsageError("--overwrite needs --out: without it a run takes the next free directory")
@@ -53,7 +73,12 @@ def train(
         if loaded is not None and plan.parity is not None:
             parity = with_fix(parity, loaded, plan.parity.baseline, Given(spec, set_, spec_root))
         require(parity)
+    plan = plan if mesh is None else on_mesh(plan, parse_mesh(mesh))
     target = out or _free_directory(Path("runs") / plan.name) if resume is None else _resumed(spec, out, resume)
+    if nproc is not None and "MEMFORGE_LAUNCHED" not in os.environ:
+        from memforge.launch import launch
+
+        raise typer.Exit(launch(_of_each_rank(sys.argv[1:], target, out is None and resume is None), nproc))
     screen = console(stderr=True)
     with screen.status("starting torch"):
         from memforge.training import Budget
@@ -75,10 +100,17 @@ def train(
         )
     finally:
         reporter.close()
+    if is_other_rank():
+        return
     if json_:
         print_json(summary)
     else:
         show_runs([summary])
+
+
+def _of_each_rank(arguments: list[str], target: Path, is_chosen: bool) -> list[str]:
+    """The command that --nproc repeats in every rank, with the directory that was chosen for all of them."""
+    return [*arguments, "--out", str(target)] if is_chosen else arguments
 
 
 def _resumed(spec: Path, out: Path | None, resume: str) -> Path:

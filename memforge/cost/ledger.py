@@ -16,9 +16,10 @@ from memforge.blocks.base import BYTES_PER_ELEMENT, OpCost, matmul_cost
 from memforge.cost.access import distinct_uniform, distinct_zipf
 from memforge.cost.devices import DEVICES, Device
 from memforge.cost.memory import StepMemory, step_memory, updated_by_rows
-from memforge.cost.mesh import Mesh, per_rank
+from memforge.cost.mesh import per_rank
 from memforge.cost.roofline import Roofline, roofline, update_bytes
 from memforge.errors import UsageError
+from memforge.mesh import Mesh
 from memforge.plan import ModelPlan, ParamRow
 
 CONVENTIONS = (

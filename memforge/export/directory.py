@@ -13,11 +13,11 @@ from torch import nn
 from memforge import __version__
 from memforge.build import build_model
 from memforge.cost import estimate
-from memforge.cost.mesh import Mesh
 from memforge.errors import StorageError
 from memforge.export.aten import aten_program, logit_difference, require_room
 from memforge.export.graph import export_graph, pt2_bytes, readable
 from memforge.export.kernels import kernel_configs
+from memforge.mesh import Mesh
 from memforge.parity import claimed, report_seq_len
 from memforge.plan import Plan
 from memforge.profile.counter import require_exact

@@ -35,6 +35,8 @@ class Decoder(nn.Module):
 
     checkpoint_layers = False
     dropout = 0.0
+    # What every reader is put into before tables are read by it: where they are shared out among ranks, one that asks.
+    through: Callable[[Reader], Reader] | None = None
 
     def __init__(self, plan: ModelPlan) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class Decoder(nn.Module):
         self.head = None if plan.tie_embeddings else nn.Linear(plan.dim, plan.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.forward_with(tokens, [Reader] * len(self.layers))[:2]
+        return self._forward(tokens, [Reader] * len(self.layers))[:2]
 
     def forward_taped(self, tokens: Tensor, taps: Sequence[Sequence[Tensor]] | None = None) -> Forward:
         """As forward, and how each layer read tables; given `taps`, outside of autograd.
@@ -55,30 +57,41 @@ class Decoder(nn.Module):
         A tap for each read of each layer receives the gradient of what it returned: see memforge_kernels.Tape.
         """
         if taps is None:
-            return self.forward_with(tokens, [Recorder] * len(self.layers))
-        return self.forward_with(tokens, [partial(Tape, of_layer) for of_layer in taps])
+            return self._forward(tokens, [Recorder] * len(self.layers))
+        return self._forward(tokens, [partial(Tape, of_layer) for of_layer in taps])
 
     def forward_with(self, tokens: Tensor, readers: Sequence[Callable[[], Reader]]) -> Forward:
         """The forward pass with tables read by a new reader for each layer, and what those readers have recorded."""
+        return self._forward(tokens, readers)
+
+    def _forward(self, tokens: Tensor, readers: Sequence[Callable[[], Reader]]) -> Forward:
         x = self.embedding(tokens)
         dropout = self.dropout if self.training else 0.0
         totals: dict[str, Tensor] = {}
         records, observed = [], {}
         for layer, reader in zip(self.layers, readers, strict=True):
             run = _run_again(layer, dropout) if self.checkpoint_layers and self.training else layer
-            x, losses, read, seen = run(x, self.pool, reader, dropout)
+            x, losses, read, seen = run(x, self.pool, self._through(reader), dropout)
             totals = _summed(totals, losses)
             records.append(read)
             observed |= seen
         weight = self.embedding.weight if self.head is None else self.head.weight
         return Forward(F.linear(self.norm(x), weight), totals, records, observed)
 
+    def _through(self, reader: Callable[[], Reader]) -> Callable[[], Reader]:
+        through = self.through
+        return reader if through is None else lambda: through(reader())
+
 
 def next_token_loss(forward: Callable[..., Any], window: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """Mean cross-entropy of a window [b, t + 1] and what else the model returns. The logits do not outlive the call."""
+    """Mean cross-entropy of a window [b, t + 1] and what else the model returns; 0 for a window without sequences.
+
+    The logits do not outlive the call.
+    """
     logits, *others = forward(window[:, :-1], *rest)
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, window[:, 1:].flatten()), *others
+    how = "mean" if len(window) else "sum"
+    return F.cross_entropy(logits, window[:, 1:].flatten(), reduction=how), *others
 
 
 def _run_again(layer: "Layer", dropout: float) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from memforge.spec.schema import (
     FactsSpec,
     MixtureSpec,
     ModelSpec,
+    ParallelSpec,
     ParitySpec,
     PlaceRule,
     TextSpec,
@@ -38,6 +39,7 @@ TABLES: tuple[tuple[str, type[BaseModel]], ...] = (
     ('[data] kind = "text"', TextSpec),
     ('[data] kind = "mixture"', MixtureSpec),
     ("[train]", TrainSpec),
+    ("[parallel]", ParallelSpec),
     ("[eval]", EvalSpec),
 )
 ROLES: Mapping[Literal["mixer", "block", "pool"], str] = {

@@ -45,6 +45,7 @@ def check(spec: Spec) -> Iterator[Problem]:
     yield from _check_layers(spec, selected, placed=not problems)
     yield from _check_added(spec, selected)
     yield from _check_training(spec)
+    yield from _check_parallel(spec, site)
 
 
 def check_baseline(spec: Spec, baseline: Spec) -> Iterator[Problem]:
@@ -210,13 +211,33 @@ def _check_value_update(spec: Spec, train: TrainSpec) -> Iterator[Problem]:
             yield Problem(rounding, f"a {dtype} pool is not rounded stochastically", 'use "master"', here)
 
 
+def _check_parallel(spec: Spec, site: Site) -> Iterator[Problem]:
+    """Meshes that do not fit the model."""
+    ranks, where = spec.parallel.memory, ("parallel", "memory")
+    if ranks == 1:
+        return
+    pools = list(_pools(spec))
+    if not pools:
+        yield Problem(where, f"memory = {ranks}, and no block reads a pool", "leave it out", depends=(("place",),))
+    for key, pool in pools:
+        path = f"pool.{key[1]}" if key[0] == "pool" else "pool"
+        columns = min((row.shape[-1] for row in pool.plan(site, path).params()), default=ranks)
+        if columns < ranks:
+            message = f"memory = {ranks} is more than the {columns} columns of a pool"
+            yield Problem(where, message, related=((key, "the pool is set here"),))
+
+
+def _pools(spec: Spec) -> Iterator[tuple[KeyPath, KindSpec]]:
+    """All pools, and where they are set."""
+    yield from ((("pool", name), pool) for name, pool in spec.pool.items())
+    for i, rule in enumerate(spec.place):
+        if rule.block is not None and (own := rule.block.own_pool()) is not None:
+            yield ("place", i, "block"), own
+
+
 def _low_precision(spec: Spec) -> Iterator[tuple[KeyPath, str]]:
     """Pools stored in 16 bits: where that is said, and the type."""
-    pools = [(("pool", name), pool) for name, pool in spec.pool.items()]
-    own = [
-        (("place", i, "block"), rule.block.own_pool()) for i, rule in enumerate(spec.place) if rule.block is not None
-    ]
-    for key, pool in (*pools, *own):
+    for key, pool in _pools(spec):
         dtype = getattr(pool, "dtype", "float32")
         if dtype != "float32":
             yield (*key, "dtype"), dtype

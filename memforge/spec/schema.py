@@ -9,6 +9,7 @@ from memforge.blocks import union_of
 from memforge.blocks.attention.spec import AttentionSpec
 from memforge.blocks.base import Count, KindSpec, SpecModel
 from memforge.blocks.ffn.spec import FfnSpec
+from memforge.mesh import MAX_RANKS
 from memforge.spec.placement import MAX_LAYERS, LayerSelector
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -252,6 +253,22 @@ class EvalSpec(SpecModel):
     sample_temperature: Annotated[float, Field(ge=0, le=100)] = Field(0.0, description="0 takes the most likely token")
 
 
+Ranks = Annotated[int, Field(ge=1, le=MAX_RANKS)]
+
+
+class ParallelSpec(SpecModel):
+    """How a run is shared out among ranks. All of them read tokens of their own; train.batch_size is that of all."""
+
+    dp_replicate: Ranks = Field(1, description="copies of the dense parameters; their gradients are summed")
+    dp_shard: Literal["auto"] | Ranks = Field(
+        "auto", description="ranks that dense parameters are sharded over, times memory; auto: all that there are"
+    )
+    memory: Ranks = Field(1, description="ranks that value pools are shared out to, by columns")
+    timeout_minutes: Annotated[float, Field(gt=0, le=10**5)] = Field(
+        10.0, description="how long ranks wait for one another before the run ends"
+    )
+
+
 class Spec(SpecModel):
     """A whole spec file."""
 
@@ -263,6 +280,7 @@ class Spec(SpecModel):
     parity: ParitySpec | None = None
     data: Data | None = None
     train: TrainSpec | None = None
+    parallel: ParallelSpec = ParallelSpec()
     eval: EvalSpec = EvalSpec()
 
     _baseline: "Spec | None" = None

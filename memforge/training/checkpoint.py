@@ -1,22 +1,24 @@
 """Checkpoints: all state of a run after a step, written whole or not at all, verified when read.
 
-A checkpoint is a directory `step-<n>`. Its files are written to a temporary directory and flushed; their hashes go into
-a manifest, which is sealed by its own and written last; then the directory is renamed, read back, and only then is an
-older one deleted. No checkpoint is ever overwritten.
+A checkpoint is a directory `step-<n>`. Its files, of each rank those of its part of the state, are written to a
+temporary directory and flushed; when all ranks have written theirs, their hashes go into a manifest, which is sealed by
+its own and written last; then the directory is renamed, read back, and only then is an older one deleted. No checkpoint
+is ever overwritten.
 """
 
 import hashlib
 import json
+import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from memforge.errors import DamagedError, NonFiniteError, StorageError
 from memforge.plan import Plan, read_plan
 from memforge.report.cost import si
 from memforge.storage import file_sha256, replaced_directory, storage_errors, sync, write_json
+from memforge.training.ranks import ALONE, Ranks
 from memforge.training.run_directory import (
     FORMAT_VERSION,
     PLAN,
@@ -36,8 +39,9 @@ from memforge.training.run_directory import (
     read_tokenizer,
     run_id,
 )
+from memforge.training.stored import Cut, Stored
 
-MANIFEST, WEIGHTS = "manifest.json", "model.safetensors"
+MANIFEST = "manifest.json"
 # Beside the tensors: headers, manifest, directory blocks.
 OVERHEAD_BYTES = 2**20
 
@@ -50,7 +54,10 @@ class LogMark(Record):
 
 
 class Manifest(Record):
-    """What a checkpoint holds; it is written last. `seal` is the hash of all the rest."""
+    """What a checkpoint holds; it is written last. `seal` is the hash of all the rest.
+
+    `files` has the hash of each file, `cuts`, of files with parts of tensors, which parts those are.
+    """
 
     format_version: int
     run_id: str
@@ -62,6 +69,7 @@ class Manifest(Record):
     tokenizer_sha256: str
     corpus_sha256: str
     files: dict[str, str]
+    cuts: dict[str, dict[str, Cut]]
     logs: dict[str, LogMark]
     state: dict[str, Any]
     seal: str = ""
@@ -86,12 +94,16 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All state after a step: tensors by file and name, and what is no tensor."""
+    """All state after a step that this rank has to write: tensors by file and name, and what is no tensor.
+
+    `cuts` tells, by file and name, of what part of a tensor it is.
+    """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, LogMark] = field(default_factory=dict)
+    cuts: dict[str, dict[str, Cut]] = field(default_factory=dict)
 
     def copied(self) -> "Snapshot":
         """The same in memory of its own."""
@@ -118,23 +130,46 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
-def save_checkpoint(run_dir: Path, snapshot: Snapshot, run: RunIdentity) -> Path:
-    """Write `run_dir/step-<n>` and read it back.
+def save_checkpoint(run_dir: Path, snapshot: Snapshot, run: RunIdentity, ranks: Ranks = ALONE) -> Path:
+    """Write `run_dir/step-<n>` and read it back: of all ranks, or of none.
 
     Raises NonFiniteError for state that is not worth keeping, StorageError, with nothing of it left behind, where it
     cannot be written.
     """
     target = run_dir / f"step-{snapshot.step:08d}"
+    ranks.all_or_none(lambda: _require_savable(target, snapshot))
+    _require_room(target, sum(ranks.gather(snapshot.bytes)) + OVERHEAD_BYTES, ranks)
+    with ranks.first_enters(lambda: replaced_directory(target)) as directory:
+        written = ranks.gather(ranks.all_or_none(lambda: _write_files(directory, snapshot, ranks)))
+        ranks.first(lambda: _write_manifest(directory, snapshot, run, written))
+    ranks.all_or_none(lambda: verify(target, *written[ranks.rank][0]))
+    return target
+
+
+# The hashes of the files that a rank has written, and what parts of tensors are in them.
+Written = tuple[dict[str, str], dict[str, dict[str, Cut]]]
+
+
+def _require_savable(target: Path, snapshot: Snapshot) -> None:
     if (name := snapshot.not_finite()) is not None:
         raise NonFiniteError(f"{target}: not saved, since {name} is not finite")
-    _require_room(target, snapshot.bytes + OVERHEAD_BYTES)
     if target.exists():
         raise StorageError(f"{target}: exists already, and checkpoints are never overwritten")
-    with replaced_directory(target) as directory:
-        files = {f"{file}.safetensors": tensors for file, tensors in snapshot.tensors.items() if tensors}
+
+
+def _write_files(directory: Path, snapshot: Snapshot, ranks: Ranks) -> Written:
+    part = "" if ranks.size == 1 else f"-{ranks.rank:05d}-of-{ranks.size:05d}"
+    files = {f"{file}{part}.safetensors": tensors for file, tensors in snapshot.tensors.items() if tensors}
+    with storage_errors(directory):
         for name, tensors in files.items():
             save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, directory / name)
             sync(directory / name)
+        cuts = {f"{file}{part}.safetensors": found for file, found in snapshot.cuts.items() if found}
+        return {name: file_sha256(directory / name) for name in files}, cuts
+
+
+def _write_manifest(directory: Path, snapshot: Snapshot, run: RunIdentity, written: list[Written]) -> None:
+    with storage_errors(directory):
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             run_id=run.run_id,
@@ -145,20 +180,22 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, run: RunIdentity) -> Path
             run_hash=run.plan.run.run_hash,
             tokenizer_sha256=run.tokenizer_sha256,
             corpus_sha256=run.corpus_sha256,
-            files={name: file_sha256(directory / name) for name in files},
+            files={name: sha256 for files, _ in written for name, sha256 in files.items()},
+            cuts={name: found for _, cuts in written for name, found in cuts.items()},
             logs=snapshot.logs,
             state=snapshot.state,
         )
         write_json(directory / MANIFEST, manifest.sealed().model_dump())
-    verify(target)
-    return target
 
 
-def _require_room(target: Path, needed: int) -> None:
-    with storage_errors(target):
-        free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise StorageError(f"{target}: takes {si(needed, 'B')}; the disk has {si(free, 'B')} left")
+def _require_room(target: Path, needed: int, ranks: Ranks) -> None:
+    def check() -> None:
+        with storage_errors(target):
+            free = shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise StorageError(f"{target}: takes {si(needed, 'B')}; the disk has {si(free, 'B')} left")
+
+    ranks.all_or_none(check)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -173,6 +210,19 @@ def verify(checkpoint: Path, *files: str) -> Manifest:
 
     Raises StorageError with the file and the reason.
     """
+    manifest = read_manifest(checkpoint)
+    require_files(checkpoint, manifest, files or manifest.files)
+    return manifest
+
+
+def require_files(checkpoint: Path, manifest: Manifest, files: Iterable[str]) -> None:
+    """Raises StorageError for the first that is not what was written."""
+    for name in files:
+        _require_hash(checkpoint / name, manifest.files.get(name))
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint, which is what was written; its files may be anything. Raises StorageError."""
     if not checkpoint.is_dir():
         raise StorageError(f"{checkpoint}: no such checkpoint")
     manifest = read_record(checkpoint / MANIFEST, Manifest, exact=True)
@@ -182,8 +232,6 @@ def verify(checkpoint: Path, *files: str) -> Manifest:
         raise DamagedError(f"{checkpoint / MANIFEST}: was changed after it was written (its seal does not match)")
     if (found := STEP.fullmatch(checkpoint.name)) is None or int(found[1]) != manifest.step:
         raise DamagedError(f"{checkpoint}: holds step {manifest.step}")
-    for name in files or manifest.files:
-        _require_hash(checkpoint / name, manifest.files.get(name))
     return manifest
 
 
@@ -205,20 +253,24 @@ def require_same_run(checkpoint: Path, manifest: Manifest) -> None:
     _require_hash(run_dir / TOKENIZER, manifest.tokenizer_sha256)
 
 
-def load_tensors(checkpoint: Path, file: str) -> dict[str, Tensor]:
-    """The tensors of one file that was verified; none if it was not written."""
-    path = checkpoint / f"{file}.safetensors"
-    with storage_errors(path):
-        return load_file(path) if path.exists() else {}
+def stored(checkpoint: Path, manifest: Manifest, kind: str) -> Stored:
+    """The tensors of a kind, "model", "optimizer", .., in the files of a checkpoint that were verified."""
+    return Stored([checkpoint / name for name in _files_of(manifest, kind)], manifest.cuts)
+
+
+def _files_of(manifest: Manifest, kind: str) -> list[str]:
+    return [name for name in manifest.files if re.fullmatch(rf"{kind}(-[0-9]+-of-[0-9]+)?\.safetensors", name)]
 
 
 def load_weights(checkpoint: Path, plan: Plan) -> dict[str, Tensor]:
     """The verified weights of a checkpoint. Raises StorageError when a file is missing, changed or foreign."""
-    manifest = verify(checkpoint, WEIGHTS)
+    manifest = read_manifest(checkpoint)
     require_same_run(checkpoint, manifest)
     if manifest.model_hash != plan.model.model_hash:
         raise StorageError(f"{checkpoint}: belongs to another model (its model hash is {manifest.model_hash[:12]})")
-    return load_tensors(checkpoint, "model")
+    require_files(checkpoint, manifest, _files_of(manifest, "model"))
+    tensors = stored(checkpoint, manifest, "model")
+    return {name: tensors.read(name) for name in tensors}
 
 
 def newest_sound(run_dir: Path, found: list[Path], note: Callable[[str], None]) -> tuple[Path, Manifest]:
@@ -249,8 +301,11 @@ def set_aside(checkpoint: Path, why: str) -> Path:
 class Saver:
     """Saves snapshots of one run and deletes old ones: at once, or in a thread from a copy."""
 
-    def __init__(self, run_dir: Path, run: RunIdentity, *, keep: int, in_background: bool) -> None:
+    def __init__(
+        self, run_dir: Path, run: RunIdentity, *, keep: int, in_background: bool, ranks: Ranks = ALONE
+    ) -> None:
         self.run_dir, self.run, self.keep, self.in_background = run_dir, run, keep, in_background
+        self.ranks = ranks
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -272,6 +327,11 @@ class Saver:
             self._thread = None
         self.check()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save in the background has, and nobody knows yet."""
+        return self._error is not None
+
     def check(self) -> None:
         """Raise what a save in the background has failed with, once."""
         if self._error is not None:
@@ -285,7 +345,9 @@ class Saver:
             self._error = error
 
     def _save(self, snapshot: Snapshot) -> None:
-        save_checkpoint(self.run_dir, snapshot, self.run)
+        save_checkpoint(self.run_dir, snapshot, self.run, self.ranks)
+        if not self.ranks.is_first:
+            return
         # The newest has just been read back, so what stays is never without a sound one.
         for old in checkpoints(self.run_dir)[: -self.keep]:
             # Under another name first: what is half deleted must not pass for a checkpoint.

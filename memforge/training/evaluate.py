@@ -1,6 +1,6 @@
 """Scores on held-out sequences, and text from a model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from memforge.training.checkpoint import open_run
 from memforge.training.data import Corpus, load_corpus
 from memforge.training.data.corpus import HeldOut, split_evenly
 from memforge.training.data.tokenizer import END_ID, end_id
+from memforge.training.ranks import ALONE, Ranks
 from memforge.training.run_directory import SUMMARY, Summary, read_record
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, held_out: HeldOut, *, batch_size: int, max_prompts: int) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, held_out: HeldOut, *, batch_size: int, max_prompts: int, ranks: Ranks = ALONE
+) -> dict[str, float]:
     """Mean negative log-likelihood per answer token and, of facts, the share of answers given exactly.
 
     An answer counts as given when each of its tokens, the end included, is the most likely one after the true tokens
@@ -30,26 +33,38 @@ def evaluate(model: nn.Module, held_out: HeldOut, *, batch_size: int, max_prompt
     device = next(model.parameters()).device
     chosen = np.argsort(held_out.sequences.lengths[:max_prompts], kind="stable")
     nll, num_tokens, num_exact = 0.0, 0, 0
-    for part in split_evenly(len(chosen), batch_size):
-        tokens, scored = _padded(held_out, chosen[part], device)
-        logits = model(tokens[:, :-1])[0].float()
+    parts = [chosen[part] for part in split_evenly(len(chosen), batch_size)]
+    # Batches are dealt out; all ranks make as many passes, in the last one some without sequences.
+    parts += [chosen[:0]] * (-len(parts) % ranks.size)
+    for first in range(0, len(parts), ranks.size):
+        dealt = parts[first : first + ranks.size]
+        tokens, scored = _padded(held_out, dealt[ranks.rank], device)
+        with ranks.tokens([len(part) * _longest(held_out, part) for part in dealt]):
+            logits = model(tokens[:, :-1])[0].float()
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         right = logits.argmax(dim=-1) == tokens[:, 1:]
         nll += float(losses[scored].double().sum())
         num_tokens += int(scored.sum())
         num_exact += int((right | ~scored).all(dim=1).sum())
+    sums = torch.tensor([nll, num_tokens, num_exact], dtype=torch.float64, device=device)
+    nll, num_tokens, num_exact = ranks.total(sums).tolist()
     model.train(was_training)
     scores = {"held_out_loss": nll / num_tokens}
     return scores | ({"recall": num_exact / len(chosen)} if held_out.exact_match else {})
 
 
-def corpus_scores(model: nn.Module, corpus: Corpus, plan: Plan) -> dict[str, float]:
+def _longest(held_out: HeldOut, chosen: np.ndarray) -> int:
+    """Tokens that a model is given of the longest of these sequences: all but its last."""
+    return max(1, int(held_out.sequences.lengths[chosen].max(initial=0)) - 1)
+
+
+def corpus_scores(model: nn.Module, corpus: Corpus, plan: Plan, ranks: Ranks = ALONE) -> dict[str, float]:
     """The scores of a model on its corpus, in batches of the training's size."""
     assert plan.run.train is not None
     size, most = plan.run.train.micro_batch_size, plan.run.eval.max_prompts
     scores = {}
     for part, held_out in corpus.held_out.items():
-        found = evaluate(model, held_out, batch_size=size, max_prompts=most)
+        found = evaluate(model, held_out, batch_size=size, max_prompts=most, ranks=ranks)
         scores |= {f"{name}.{part}" if part else name: value for name, value in found.items()}
     return scores
 
@@ -58,7 +73,7 @@ def corpus_scores(model: nn.Module, corpus: Corpus, plan: Plan) -> dict[str, flo
 PROMPT_TOKENS = 16
 
 
-def samples(model: nn.Module, corpus: Corpus, plan: Plan) -> Iterator[tuple[str, str]]:
+def samples(model: nn.Module, corpus: Corpus, plan: Plan, ranks: Ranks = ALONE) -> Iterator[tuple[str, str]]:
     """Prompts of [eval], or one for each part of the held-out data, and how the model goes on."""
     given = plan.run.eval
     if not given.sample_tokens:
@@ -73,6 +88,7 @@ def samples(model: nn.Module, corpus: Corpus, plan: Plan) -> Iterator[tuple[str,
             temperature=given.sample_temperature,
             seed=seed,
             end=end,
+            agreed=ranks.share,
         )
         yield prompt, corpus.tokenizer.decode(tokens)
 
@@ -87,10 +103,12 @@ def _prompts(corpus: Corpus) -> Iterator[str]:
 def _padded(held_out: HeldOut, chosen: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens [b, t] padded on the right, where a causal model never looks, and the answers' mask [b, t - 1]."""
     rows = [torch.from_numpy(held_out.sequences[int(i)].astype(np.int64)) for i in chosen]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=END_ID)
+    tokens = torch.full((len(rows), _longest(held_out, chosen) + 1), END_ID)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
     target = torch.arange(1, tokens.shape[1])[None]
     starts = torch.from_numpy(held_out.scored_from[chosen])[:, None]
-    ends = torch.tensor([len(row) for row in rows])[:, None]
+    ends = torch.tensor([len(row) for row in rows], dtype=torch.int64)[:, None]
     return tokens.to(device), ((target >= starts) & (target < ends)).to(device)
 
 
@@ -119,8 +137,12 @@ def generate(
     temperature: float,
     seed: int,
     end: int = END_ID,
+    agreed: Callable[[int], int] = lambda token: token,
 ) -> list[int]:
-    """Continue `tokens` until the end token or `max_tokens`; temperature 0 takes the most likely token."""
+    """Continue `tokens` until the end token or `max_tokens`; temperature 0 takes the most likely token.
+
+    Several ranks do the same, and take each token that they have `agreed` on.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -135,6 +157,7 @@ def generate(
             token = int(torch.multinomial(chances, 1, generator=generator))
         else:
             token = int(logits.argmax())
+        token = agreed(token)
         if token == end:
             break
         out.append(token)

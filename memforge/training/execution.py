@@ -43,14 +43,24 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-def compiled(model: Decoder, run: TrainPlan, note: Callable[[str], None]) -> Callable[..., Any]:
-    """The model as it is trained: compiled where asked for and possible, eager otherwise, and never in silence."""
+def compiled(model: Decoder, run: TrainPlan, note: Callable[[str], None], *, ranks: int = 1) -> Callable[..., Any]:
+    """The model as it is trained: compiled where asked for and possible, eager otherwise, and never in silence.
+
+    Among several ranks what gathers a layer is not compiled, and layers that read pools are eager as well: what they
+    ask of other ranks makes no graph.
+    """
     model.train()
+    eager = model.forward_taped if ranks == 1 else model.forward_with
     if run.compile == "off" or (run.compile == "auto" and run.steps < MIN_STEPS_TO_COMPILE):
-        return model.forward_taped
+        return eager
     # The compiler that Inductor looks for on a CPU.
     if run.compile == "auto" and not shutil.which(os.environ.get("CXX", "g++")):
         note("no C++ compiler: training is eager, without torch.compile")
-        return model.forward_taped
+        return eager
     note("compiling with torch.compile; the first step takes a while")
-    return torch.compile(model.forward_taped, fullgraph=True, dynamic=False)
+    if ranks == 1:
+        return torch.compile(model.forward_taped, fullgraph=True, dynamic=False)
+    for layer in model.layers:
+        if not layer.readers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+    return eager

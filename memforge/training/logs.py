@@ -111,6 +111,20 @@ class Logs:
                 self.note(f"warning: {type(sink).__name__.strip('_')} gets no more metrics: {error}")
 
 
+class NoLogs(Logs):
+    """Those of a rank that is not the first: nobody keeps them."""
+
+    def __init__(self) -> None: ...
+
+    def marks(self) -> dict[str, LogMark]:
+        return {}
+
+    def cut_back(self, marks: Mapping[str, LogMark], note: Callable[[str], None]) -> None: ...
+    def row(self, metrics: Mapping[str, Any], speed: Mapping[str, Any]) -> None: ...
+    def sample(self, step: int, prompt: str, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
 def _sinks(run_dir: Path, plan: Plan, run_id: str) -> list[Sink]:
     """Raises DeviceError when a package is not installed."""
     assert plan.run.train is not None

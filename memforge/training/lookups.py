@@ -65,7 +65,7 @@ def slots_read(model: Decoder, plan: ModelPlan, tokens: Tensor) -> dict[str, tup
         for block in layer.blocks:
             # Each block of a layer reads a pool of its own kind, so the table tells whose read it was.
             reads = [
-                record
+                (record.slots, record.weights)
                 for table, record in zip(tape.tables, tape.records, strict=True)
                 if isinstance(record, Gathered) and owners[id(table)] == block.pool_path()
             ]

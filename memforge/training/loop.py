@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,9 @@ from typing import Any, Literal
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, Stopped, StorageError
 from memforge.machine import keep_memory
-from memforge.nn.decoder import Decoder
 from memforge.plan import Plan
 from memforge.report.html import run_page
 from memforge.storage import storage_errors
@@ -26,9 +24,10 @@ from memforge.training.checkpoint import Manifest, RunIdentity, Saver, Snapshot
 from memforge.training.data import Corpus, Prefetch, load_corpus
 from memforge.training.evaluate import corpus_scores, samples
 from memforge.training.execution import compiled, deterministic, precision_of
-from memforge.training.logs import Logs
+from memforge.training.logs import Logs, NoLogs
 from memforge.training.machine_use import MachineUse, peak_of
 from memforge.training.optimizer import Gradients, Stepper
+from memforge.training.ranks import Ranks, ranks_of
 from memforge.training.revival import Reviver
 from memforge.training.run_directory import (
     REPORT,
@@ -37,8 +36,9 @@ from memforge.training.run_directory import (
     write_summary,
 )
 from memforge.training.schedule import rate_shares
-from memforge.training.signals import StopSignal
+from memforge.training.signals import SIGNALS, StopSignal
 from memforge.training.start import Start, checked, identified, place, require_disk_for, require_memory_for, write_plan
+from memforge.training.stored import own_parts, own_tensors
 from memforge.training.telemetry import Telemetry, update_figures
 
 
@@ -89,46 +89,75 @@ def train(
     logs, then checkpoints, and in the end summary.json and report.html. A new run that ends before its first step
     leaves nothing behind.
 
+    Where torchrun, or --nproc, has started several ranks, each calls this, and the first keeps the directory.
+
     Raises UsageError for a plan that cannot be trained or is not that of the run, StorageError, NonFiniteError before
     the update that a NaN or infinity would have spoilt, InterruptedRunError after a signal, with everything saved.
     """
-    report = reporter or Reporter()
     run = checked(plan)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError("no CUDA device is available; use --device cpu")
-    require_memory_for(plan, run, device)
     keep_memory()
-    with place(run_dir, plan, report.note, overwrite=overwrite, resume=resume) as start, StopSignal() as stop:
-        corpus = load_corpus(plan, data_root, start.tokenizer(), note=report.note)
-        identity = identified(plan, corpus, start)
-        require_disk_for(plan, run_dir)
-        with deterministic():
-            trainer = _Trainer(corpus, identity, start, report, device)
-            write_plan(run_dir, plan)  # when all that it asks for is there
-            report.start(plan, corpus, trainer.step)
-            summary = trainer.run(stop, budget or Budget())
-    if stop.number is not None:
-        raise InterruptedRunError(f"interrupted; saved {run_dir / summary['checkpoint']}", stop.number)
+    with ranks_of(plan.run.parallel, device) as ranks:
+        report = reporter if reporter is not None and ranks.is_first else Reporter()
+        ranks.all_or_none(lambda: require_memory_for(plan, run, device, ranks))
+
+        def here() -> AbstractContextManager[Start]:
+            return place(run_dir, plan, report.note, overwrite=overwrite, resume=resume)
+
+        with ranks.first_enters(here, Start.for_others) as start, StopSignal() as stop:
+            run_dir = start.run_dir  # which the first has chosen
+            corpus = ranks.one_after_the_other(
+                lambda: load_corpus(plan, data_root, start.tokenizer(), note=report.note)
+            )
+            identity = identified(plan, corpus, start, ranks)
+            ranks.first(lambda: require_disk_for(plan, run_dir))
+            with deterministic():
+                trainer = _Trainer(corpus, identity, start, report, device, ranks)
+                ranks.first(lambda: write_plan(run_dir, plan))  # when all that it asks for is there
+                report.start(plan, corpus, trainer.step)
+                summary = trainer.run(stop, budget or Budget())
+    if trainer.asked.signal is not None:
+        error = InterruptedRunError(f"interrupted; saved {run_dir / summary['checkpoint']}", trainer.asked.signal)
+        error.of_all_ranks = True
+        raise error
     return summary
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What ranks have agreed to do once the step in work is made."""
+
+    signal: int | None = None
+    spent: bool = False
+    late: bool = False
+    failed: bool = False
+
+
 class _Trainer:
-    def __init__(self, corpus: Corpus, identity: RunIdentity, start: Start, report: Reporter, device: str) -> None:
+    def __init__(
+        self, corpus: Corpus, identity: RunIdentity, start: Start, report: Reporter, device: str, ranks: Ranks
+    ) -> None:
         plan, run_dir = identity.plan, start.run_dir
         run = checked(plan)
         self.plan, self.spec, self.corpus = plan, run, corpus
-        self.run_dir, self.report, self.device = run_dir, report, device
-        self.model = _model(plan, device, start)
-        self.stepper = Stepper(self.model, plan.model, run, precision=precision_of(run, device, report.note))
-        self.telemetry = Telemetry.of(plan.model, torch.device(device))
+        self.run_dir, self.report, self.device, self.ranks = run_dir, report, device, ranks
+        self.model = ranks.build(plan.model, seed=run.seed if start.checkpoint is None else None, device=device)
+        precision = precision_of(run, device, report.note)
+        self.stepper = Stepper(self.model, plan.model, run, precision=precision, ranks=ranks)
+        self.telemetry = Telemetry.of(plan.model, torch.device(device), ranks)
         self.stepper.on_read = self.telemetry.read
         self.reviver = Reviver.of(self.stepper) if run.revive_every else None
-        self.saver = Saver(run_dir, identity, keep=run.keep_checkpoints, in_background=run.async_checkpoints)
-        self.logs = Logs(run_dir, plan, identity.run_id, report.note)
+        beside = ranks.beside() if run.async_checkpoints else ranks
+        kept = {"keep": run.keep_checkpoints, "in_background": run.async_checkpoints}
+        self.saver = Saver(run_dir, identity, ranks=beside, **kept)
+        self.logs = Logs(run_dir, plan, identity.run_id, report.note) if ranks.is_first else NoLogs()
         self.begun = start.begun
         self.cost = estimate(plan.model, seq_len=run.seq_len).as_dict()
-        self.use = MachineUse(plan, self.cost["flops_per_token"]["total"], peak_of(device))
+        devices = ranks.size if device.startswith("cuda") else ranks.machines
+        self.use = MachineUse(plan, self.cost["flops_per_token"]["total"], peak_of(device), devices)
+        self.asked = Asked()
         self.step, self.skipped = 0, 0
         self.losses: list[float] = []
         self.norm, self.rates, self.update_figures = math.nan, dict[str, float](), dict[str, float]()
@@ -136,22 +165,26 @@ class _Trainer:
         self.saved_step: int | None = None
         self.training_seconds = 0.0
         # Before the logs are cut back: the newest checkpoint must never be one whose rows are gone.
-        resuming.clear_the_way(run_dir, start.checkpoint, report.note)
+        ranks.first(lambda: resuming.clear_the_way(run_dir, start.checkpoint, report.note))
         if start.checkpoint is not None and start.manifest is not None:
             self._load(start.checkpoint, start.manifest)
         else:
-            self.logs.cut_back({}, report.note)
-        self.stepper.forward = compiled(self.model, run, report.note)
+            ranks.first(lambda: self.logs.cut_back({}, report.note))
+        self.stepper.forward = compiled(self.model, run, report.note, ranks=ranks.size)
         self.started = self.logged = self.saved_at = time.perf_counter()
         self.not_training, self.waiting, self.is_first_row = 0.0, 0.0, True
         self._logged_step = self.step
 
     def snapshot(self) -> Snapshot:
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on, of which this rank has to write a part."""
         optimizer, numbers = self.stepper.state()
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer, "telemetry": self.telemetry.state()}
+        given = {"model": dict(self.model.named_parameters()), "optimizer": optimizer}
+        parts = {kind: own_parts(found, self.plan.model, self.ranks) for kind, found in given.items()}
+        tensors = {kind: found for kind, (found, _) in parts.items()}
+        counts = {"telemetry": self.telemetry.state()}
         if self.reviver is not None:
-            tensors["revival"] = self.reviver.state()
+            counts["revival"] = self.reviver.state()
+        tensors |= counts if self.ranks.is_first else {}
         state = {
             "optimizer": numbers,
             "losses": list(self.losses),
@@ -161,20 +194,26 @@ class _Trainer:
             "skipped": self.skipped,
             "last": dict(self.last),
         }
-        return Snapshot(self.step, tensors, state, self.logs.marks())
+        cuts = {kind: found for kind, (_, found) in parts.items()}
+        return Snapshot(self.step, tensors, state, self.ranks.first(self.logs.marks), cuts)
 
     def _load(self, checkpoint: Path, manifest: Manifest) -> None:
-        self.model.load_state_dict(files.load_tensors(checkpoint, "model"), strict=True)
+        def read(kind: str) -> dict[str, torch.Tensor]:
+            return own_tensors(files.stored(checkpoint, manifest, kind), self.plan.model, self.ranks)
+
+        with torch.no_grad():
+            for name, tensor in read("model").items():
+                self.ranks.local(self.model.get_parameter(name)).copy_(tensor)
         state = manifest.state
-        self.stepper.load_state(files.load_tensors(checkpoint, "optimizer"), state["optimizer"])
-        self.telemetry.load(files.load_tensors(checkpoint, "telemetry"))
+        self.stepper.load_state(read("optimizer"), state["optimizer"])
+        self.telemetry.load(read("telemetry"))
         if self.reviver is not None:
-            self.reviver.load(files.load_tensors(checkpoint, "revival"))
+            self.reviver.load(read("revival"))
         self.step = self.saved_step = manifest.step
         self.losses, self.skipped, self.last = list(state["losses"]), state["skipped"], dict(state["last"])
         self.norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
         self.rates, self.update_figures = dict(state["rates"]), dict(state["update_figures"])
-        self.logs.cut_back(manifest.logs, self.report.note)
+        self.ranks.first(lambda: self.logs.cut_back(manifest.logs, self.report.note))
         self.training_seconds = _seconds_so_far(self.run_dir)
 
     def save(self) -> None:
@@ -192,20 +231,21 @@ class _Trainer:
         if 0 < self.step < self.spec.steps and self.last.get("step") != self.step:
             self.log_if_due()  # a signal came before the row of this step
         stream = self.corpus.stream(self.spec.seq_len + 1, self.spec.seed)
-        b, workers = self.spec.batch_size, self.spec.data_workers
+        given = {"first_step": self.step, "workers": self.spec.data_workers, "part": self._own_windows()}
         try:
-            with Prefetch(stream, b, first_step=self.step, workers=workers) as batches:
-                while self.step < self.spec.steps and stop.number is None and not self._spent(budget):
+            with Prefetch(stream, self.spec.batch_size, **given) as batches:
+                while self.step < self.spec.steps and not self._ends(stop, budget):
                     self.advance(batches)
                     stop.arm()
                     self.begun()
-                    self.saver.check()
                     # The last row is written with the last scores, and nothing is scored that a signal waits for.
-                    if self.step < self.spec.steps and stop.number is None:
+                    if self.step < self.spec.steps and (self.is_row_due(self.step) or self.is_save_due()):
+                        if self._ends(stop, Budget()):
+                            break
                         self.log_if_due()
                         self.save_if_due()
             done = self.step == self.spec.steps
-            return self.conclude("interrupted" if stop.number is not None else "done" if done else "budget")
+            return self.conclude("interrupted" if self.asked.signal is not None else "done" if done else "budget")
         except NonFiniteError:
             if self.step:
                 self._conclude_non_finite()
@@ -229,8 +269,27 @@ class _Trainer:
         """Those of all steps so far."""
         return self.step * self.spec.batch_size * self.spec.seq_len
 
-    def _spent(self, budget: Budget) -> bool:
-        return budget.is_spent(self.step, self.tokens, time.perf_counter() - self.started)
+    def _ends(self, stop: StopSignal, budget: Budget) -> bool:
+        """Whether the run stops here, by what all ranks know now: a signal to any of them, the clock of the first."""
+        now = time.perf_counter()
+        flags = (
+            *stop.asked(),
+            self.ranks.is_first and budget.is_spent(self.step, self.tokens, now - self.started),
+            self.ranks.is_first and now - self.saved_at >= 60 * self.spec.checkpoint_minutes,
+            self.saver.has_failed,
+        )
+        *signals, spent, late, failed = self.ranks.agree([int(flag) for flag in flags])
+        came = next((number for number, asked in zip(SIGNALS, signals, strict=True) if asked), None)
+        self.asked = Asked(came, bool(spent), bool(late), bool(failed))
+        if failed:
+            self.saver.wait()  # which raises it
+        return came is not None or bool(spent)
+
+    def _own_windows(self) -> range:
+        """Those of each batch that this rank reads."""
+        parts = [sum(passes) for passes in self.ranks.split(self.spec.batch_size, self.spec.micro_batch_size)]
+        first = sum(parts[: self.ranks.rank])
+        return range(first, first + parts[self.ranks.rank])
 
     def advance(self, batches: Prefetch) -> None:
         """One step: gradients and, if they are finite, the update."""
@@ -257,7 +316,8 @@ class _Trainer:
             if self.spec.compile == "on":
                 raise DeviceError(f'train.compile = "on": {reason}') from None
             self.report.note(f"torch.compile does not work here, training is eager: {reason}")
-            self.stepper.forward = self.model.forward_taped
+            eager = self.spec.model_copy(update={"compile": "off"})
+            self.stepper.forward = compiled(self.model, eager, self.report.note, ranks=self.ranks.size)
             self.stepper.skip()
             return self.stepper.backward(window, step=self.step)
 
@@ -268,7 +328,8 @@ class _Trainer:
             self.stepper.update(found.norm, shares)
 
         if self.stepper.tables is not None and self.is_row_due(self.step + 1):
-            self.update_figures = update_figures(self.stepper.tables.tables, self.stepper.tables.touched(), make)
+            tables = self.stepper.tables
+            self.update_figures = update_figures(tables.tables, tables.touched(), make, self.ranks)
         else:
             make()
         self.rates = self.stepper.learning_rates()
@@ -280,10 +341,12 @@ class _Trainer:
             f"step {self.step + 1}: the loss is {loss:g} and the gradient norm {self.norm:g}; the update was not made"
         )
         if self.skipped >= self.spec.max_skipped:
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"{what}. A lower train.learning_rate or a longer warm-up usually helps; "
                 "train.max_skipped leaves out so many such steps"
             )
+            error.of_all_ranks = True
+            raise error
         self.skipped += 1
         self.report.note(f"warning: {what} ({self.skipped} of at most {self.spec.max_skipped} such steps)")
         self.stepper.skip()
@@ -300,17 +363,19 @@ class _Trainer:
             return
         self.log(self.score() if self.is_score_due(self.step) else {})
 
-    def save_if_due(self) -> None:
+    def is_save_due(self) -> bool:
         every = self.spec.checkpoint_every
-        late = time.perf_counter() - self.saved_at >= 60 * self.spec.checkpoint_minutes
-        if late or (every is not None and self.step % every == 0):
+        return self.asked.late or (every is not None and self.step % every == 0)
+
+    def save_if_due(self) -> None:
+        if self.is_save_due():
             self.save()
 
     def score(self, *, keep: bool = True) -> dict[str, float]:
         """Scores on held-out data, and samples of text, logged if they are to be kept."""
         start = time.perf_counter()
-        scores = corpus_scores(self.model, self.corpus, self.plan)
-        for prompt, text in samples(self.model, self.corpus, self.plan):
+        scores = corpus_scores(self.model, self.corpus, self.plan, self.ranks)
+        for prompt, text in samples(self.model, self.corpus, self.plan, self.ranks):
             if keep:
                 self.logs.sample(self.step, prompt, text)
             self.report.sample(self.step, prompt, text)
@@ -384,11 +449,16 @@ class _Trainer:
 
     def write_summary(self, ended: Ending) -> None:
         """Where there is a checkpoint to go with it."""
+        self.ranks.first(lambda: self._write_summary(ended))
+
+    def _write_summary(self, ended: Ending) -> None:
         if found := files.checkpoints(self.run_dir):
             write_summary(self.run_dir, self.summary(ended, found[-1]))
 
     def write_report(self) -> None:
         """A picture of a run that is safe on the disk: where it cannot be drawn, that is said and no more."""
+        if not self.ranks.is_first:
+            return
         try:
             with storage_errors(self.run_dir):
                 (self.run_dir / REPORT).write_text(run_page(self.run_dir), encoding="utf-8")
@@ -417,14 +487,6 @@ class _Trainer:
             ended=ended,
             caveats=list(self.plan.model.caveats()),
         )
-
-
-def _model(plan: Plan, device: str, start: Start) -> Decoder:
-    assert plan.run.train is not None
-    if start.checkpoint is None:
-        return build_model(plan.model, seed=plan.run.train.seed, device=device)
-    # Into memory of its own, where tensors of a new run would lie: products depend on the alignment of their operands.
-    return build_model(plan.model, device="meta").to_empty(device=device)
 
 
 def _seconds_so_far(run_dir: Path) -> float:

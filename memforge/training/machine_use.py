@@ -33,13 +33,16 @@ def peak_of(device: str) -> Peak:
 
 
 class MachineUse:
-    """Turns the time of steps into shares of a device's peak. `flops` and `pool_bytes` are those of a step."""
+    """Turns the time of steps into shares of the peak of so many devices.
 
-    def __init__(self, plan: Plan, flops_per_token: float, peak: Peak) -> None:
+    `flops` and `pool_bytes` are those of a step on each of them.
+    """
+
+    def __init__(self, plan: Plan, flops_per_token: float, peak: Peak, devices: int = 1) -> None:
         train = plan.run.train
         assert train is not None
         self.peak, tokens = peak, train.batch_size * train.seq_len
-        self.flops, self.pool_bytes = tokens * flops_per_token, _pool_bytes(plan, tokens)
+        self.flops, self.pool_bytes = tokens * flops_per_token / devices, _pool_bytes(plan, tokens) / devices
 
     def shares(self, steps: int, seconds: float) -> dict[str, float]:
         """mfu: counted FLOPs over the peak; memory_bandwidth: bytes of pool rows that were moved over the peak."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from memforge.nn.decoder import Decoder, next_token_loss
 from memforge.plan import ModelPlan, ParamRow, TrainPlan
+from memforge.training.ranks import Ranks
 from memforge.training.tables import ReadSite, RowTables, Sites, read_sites
-from memforge_kernels import Record, RowAdamW, RowOptimizer, RowSGD
+from memforge_kernels import Record, Recorder, RowAdamW, RowOptimizer, RowSGD, Tape
 
 
 class Gradients(NamedTuple):
@@ -29,15 +31,22 @@ class Stepper:
     """Makes the steps of a training run on one model.
 
     `forward` is the model's forward_taped; it may be replaced by a compiled one. `on_read`, if given, sees every read
-    of a table in every pass.
+    of a table in every pass. Among several `ranks` each makes the steps on its part of the windows, all of them the
+    same update.
     """
 
     def __init__(
-        self, model: Decoder, plan: ModelPlan, train: TrainPlan, *, precision: torch.dtype | None = None
+        self,
+        model: Decoder,
+        plan: ModelPlan,
+        train: TrainPlan,
+        *,
+        precision: torch.dtype | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.plan, self.train = model, plan, train
-        self.precision = precision
-        self.forward: Callable[..., Any] = model.forward_taped
+        self.precision, self.ranks = precision, ranks or Ranks()
+        self.forward: Callable[..., Any] = model.forward_taped if self.ranks.size == 1 else model.forward_with
         self.on_read: Callable[[ReadSite, Record], None] | None = None
         self._sites: dict[int, Sites] = {}
         model.checkpoint_layers, model.dropout = train.activation_checkpointing, train.dropout
@@ -64,29 +73,44 @@ class Stepper:
         return self._sites[batch]
 
     def backward(self, window: Tensor, *, step: int = 0) -> Gradients:
-        """Gradients of a window [b, t + 1], pass by pass, each weighted by its share of the tokens."""
+        """Gradients of a window [b, t + 1], pass by pass, each weighted by its share of the tokens.
+
+        Of several ranks each gives its part of a batch; the figures observed are then its part of the mean.
+        """
+        ranks, size = self.ranks, len(window) if self.ranks.size == 1 else self.train.batch_size
+        split = ranks.split(size, self.train.micro_batch_size)
         loss, observed = torch.zeros((), device=window.device), dict[str, Tensor]()
-        for idx, part in enumerate(window.split(self.train.micro_batch_size)):
+        for idx, part in enumerate(window.split(split[ranks.rank])):
             # All that is drawn at random in a pass follows from this alone, so that a run can start anywhere.
-            torch.manual_seed(derived_seed(self.train.seed, step, idx))
-            share = len(part) / len(window)
-            part_loss, seen = self._pass(part, share)
+            torch.manual_seed(derived_seed(self.train.seed, step, ranks.rank * len(split[0]) + idx))
+            share = len(part) / size
+            part_loss, seen = self._pass(part, share, [of_rank[idx] for of_rank in split])
             loss = loss + share * part_loss
             for name, value in seen.items():
                 observed[name] = share * value + observed.get(name, 0.0)
-        return Gradients(loss, self._norm(), observed)
+        return Gradients(*self._of_all_ranks(loss), observed)
 
-    def _pass(self, window: Tensor, share: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradients of `share` times the loss of a window."""
-        sites = self.sites(len(window))
-        taps = self.tables.new_taps(sites) if self.tables else None
-        with torch.autocast(window.device.type, dtype=self.precision, enabled=self.precision is not None):
-            loss, extra, records, observed = next_token_loss(self.forward, window, taps)
-        ((loss + sum(extra.values())) * share).backward()
+    def _pass(self, window: Tensor, share: float, batches: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradients of `share` times the loss of a window; `batches` are the sequences of all ranks."""
+        sites = self.sites(max(batches))
+        tokens = [batch * self.train.seq_len for batch in batches]
+        with self.ranks.tokens(tokens):
+            with torch.autocast(window.device.type, dtype=self.precision, enabled=self.precision is not None):
+                loss, extra, records, observed = next_token_loss(self.forward, window, self._readers(sites))
+            # Ranks without sequences take part for the others' sake; means over no tokens are no numbers.
+            extra, observed = (extra, observed) if len(window) else ({}, {})
+            ((loss + sum(extra.values())) * share).backward()
         if self.tables is not None:
-            self.tables.add(sites, taps, records)
-        self._tell(sites, records)
+            self.tables.add(sites, records, partial(self.ranks.of_all_copies, tokens=tokens))
+        if len(window):
+            self._tell(sites, records)
         return loss.detach(), {name: value.detach() for name, value in observed.items()}
+
+    def _readers(self, sites: Sites) -> Any:
+        """What the forward pass is given to read tables by: taps where it is one graph, else what makes its own."""
+        if self.ranks.size > 1:
+            return [Recorder if self.tables is None else Tape] * len(sites)
+        return self.tables.new_taps(sites) if self.tables else None
 
     def _tell(self, sites: Sites, records: Sequence[Sequence[Record]]) -> None:
         if self.on_read is None:
@@ -95,11 +119,29 @@ class Stepper:
             for site, record in zip(of_layer, made, strict=True):
                 self.on_read(site, record)
 
-    def _norm(self) -> Tensor:
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+    def _of_all_ranks(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the norm of the gradients, of which this rank has a part: one norm, and one decision by it."""
+        mesh, local = self.ranks.mesh, self.ranks.local
+        of_pools = [self.model.get_parameter(row.path) for row in self.plan.params if row.group == "values"]
+        shared = set(of_pools) if mesh.ranks > 1 else set()
         if self.tables is None:
-            return norm
-        return (norm.double().square() + self.tables.optimizer.squared_norm()).sqrt().to(norm.dtype)
+            self._sum_copies(of_pools)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None and p not in shared]
+        norm = nn.utils.get_total_norm([local(grad) for grad in grads])
+        dense = norm.double().square() / mesh.dp_replicate
+        pools = sum(
+            (p.grad.double().square().sum() for p in shared if p.grad is not None), start=torch.zeros_like(dense)
+        )
+        if self.tables is not None:
+            pools = pools + self.tables.optimizer.squared_norm().to(dense.device)
+        sums = self.ranks.total(torch.stack((loss.double(), dense, pools / mesh.copies)))
+        return sums[0].to(loss.dtype), sums[1:].sum().sqrt().to(norm.dtype)
+
+    def _sum_copies(self, pools: list[nn.Parameter]) -> None:
+        """Pools that are updated as a whole have gradients of their own size, of the tokens of one memory group."""
+        for pool in pools:
+            if pool.grad is not None:
+                pool.grad = self.ranks.total_of_copies(pool.grad)
 
     def update(self, norm: Tensor, shares: Mapping[str, float]) -> None:
         """The update, at these shares of the peak rates, with gradients of this norm clipped."""
@@ -137,6 +179,8 @@ class Stepper:
         by_path: dict[str, dict[str, Any]] = {}
         for key, value in (*tensors.items(), *numbers.items()):
             path, _, name = key.rpartition(".")
+            if isinstance(value, Tensor):
+                value = self.ranks.as_part_of(self.model.get_parameter(path), value)
             by_path.setdefault(path, {})[name] = value
         paths = {parameter: path for path, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:

@@ -22,7 +22,7 @@ from memforge.training.run_directory import PLAN, STEP, run_id
 # What may change between two processes of one run: how long it is, and what does not touch the weights.
 CHANGEABLE = re.compile(
     r"train\.(steps|decay_steps|max_skipped|log_every|checkpoint_every|checkpoint_minutes|keep_checkpoints|async_checkpoints"
-    r"|data_workers|tensorboard|wandb)|eval\..*"
+    r"|data_workers|tensorboard|wandb)|(eval|parallel)\..*"
 )
 SHOWN_KEYS = 8
 

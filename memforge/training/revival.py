@@ -1,12 +1,15 @@
 """Sub-keys that choose no slot any more get a new start beside one that is busy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from memforge.blocks.product_keys.module import ProductKeys
+from memforge.plan import ParamRow
 from memforge.training.optimizer import Stepper, derived_seed
+from memforge.training.stored import part_of
 from memforge.training.tables import ReadSite
 from memforge_kernels import Record
 from memforge_kernels.tape import Gathered
@@ -21,6 +24,7 @@ class _Layer:
     """How often each sub-key [h, 2, s] of one block was part of a chosen slot."""
 
     block: ProductKeys
+    row: ParamRow
     chosen: Tensor
 
 
@@ -45,11 +49,12 @@ class Reviver:
 
     @classmethod
     def of(cls, stepper: Stepper) -> "Reviver":
-        layers = {}
+        layers, rows = {}, {row.path: row for row in stepper.plan.params}
         for path, block in stepper.model.named_modules():
             if isinstance(block, ProductKeys):
                 keys = block.sub_keys
-                layers[path] = _Layer(block, torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device))
+                chosen = torch.zeros(keys.shape[:3], dtype=torch.int64, device=keys.device)
+                layers[path] = _Layer(block, rows[f"{path}.sub_keys"], chosen)
         return cls(stepper, layers)
 
     def count(self, site: ReadSite, record: Record) -> None:
@@ -69,14 +74,16 @@ class Reviver:
         total = 0
         for path, layer in self.layers.items():
             generator = torch.Generator().manual_seed(derived_seed(seed, "revival", path, step))
+            layer.chosen = self.stepper.ranks.total(layer.chosen)
             total += self._revive(layer, generator)
             layer.chosen.zero_()
         return total
 
     def _revive(self, layer: _Layer, generator: torch.Generator) -> int:
-        keys, dead = layer.block.sub_keys, layer.chosen == 0
+        ranks, dead = self.stepper.ranks, layer.chosen == 0
         if not dead.any():
             return 0
+        keys = ranks.whole(layer.block.sub_keys.detach()).clone()
         # One model for each sub-key, drawn by how often it was chosen.
         chances = layer.chosen.double().flatten(0, 1).cpu().clamp(min=1e-9)
         models = torch.multinomial(chances, chances.shape[1], replacement=True, generator=generator).to(keys.device)
@@ -84,18 +91,22 @@ class Reviver:
         size = near.float().square().mean(dim=-1, keepdim=True).sqrt()
         noise = torch.randn(keys.shape, generator=generator).to(keys.device) * NOISE * size
         keys[dead] = (near + noise)[dead].to(keys.dtype)
-        self._forget(keys, dead)
+        piece = ranks.piece(layer.row)
+        ranks.local(layer.block.sub_keys).copy_(part_of(keys, piece))
+        self._forget(layer.block.sub_keys, part_of(dead[..., None].expand_as(keys), piece))
         return int(dead.sum())
 
     def _forget(self, keys: nn.Parameter, dead: Tensor) -> None:
-        """The moments of a restarted sub-key are those of another place."""
+        """The moments of a restarted sub-key are those of another place; `dead` is of this rank's part."""
         for value in self.stepper.dense.state[keys].values():
             if isinstance(value, Tensor) and value.shape == keys.shape:
-                value[dead] = 0
+                self.stepper.ranks.local(value)[dead] = 0
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{path}.chosen": layer.chosen for path, layer in self.layers.items()}
+        """All counts, summed over ranks."""
+        return {f"{path}.chosen": self.stepper.ranks.total(layer.chosen) for path, layer in self.layers.items()}
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave: of what is summed over ranks, the first has all and the others nothing."""
         for path, layer in self.layers.items():
-            layer.chosen.copy_(state[f"{path}.chosen"])
+            layer.chosen.copy_(state[f"{path}.chosen"] if self.stepper.ranks.is_first else torch.zeros(()))

@@ -19,7 +19,7 @@ from memforge.report.run import METRICS, SAMPLES, SPEED, STEP, SUMMARY
 from memforge.report.run import RUN as IDENTITY
 from memforge.storage import json_text, replace_file, storage_errors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PLAN, TOKENIZER, REPORT, LOCK = "plan.json", "tokenizer.json", "report.html", ".lock"
 _OURS = frozenset((PLAN, TOKENIZER, SUMMARY, IDENTITY, METRICS, SPEED, SAMPLES, REPORT, LOCK, "tensorboard", "wandb"))
 _ASIDE = (".tmp-step-", ".bad-step-", ".abandoned-step-")

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from memforge.storage import file_sha256, replace_file, storage_errors
 from memforge.training import resume as resuming
 from memforge.training.checkpoint import OVERHEAD_BYTES, Manifest, RunIdentity, checkpoints
 from memforge.training.data import Corpus
+from memforge.training.ranks import ALONE, Ranks
 from memforge.training.run_directory import (
     PLAN,
     TOKENIZER,
@@ -39,9 +40,16 @@ class Start:
     checkpoint: Path | None = None
     manifest: Manifest | None = None
 
+    def for_others(self) -> "Start":
+        """The same for ranks that are not the first, which keeps the directory."""
+        return replace(self, begun=nothing)
+
     def tokenizer(self) -> Tokenizer | None:
         """The run's own, which is not trained again."""
         return None if self.checkpoint is None else read_tokenizer(self.run_dir)
+
+
+def nothing() -> None: ...
 
 
 @contextmanager
@@ -58,7 +66,7 @@ def place(
         found = resuming.chosen(run_dir, resume, note)
         if found is None:
             note(f"{run_dir} has no checkpoint yet: it starts over")
-            yield Start(run_dir, lambda: None)
+            yield Start(run_dir, nothing)
             return
         manifest = found[1]
         if manifest.step > checked(plan).steps:
@@ -67,17 +75,25 @@ def place(
             note(f"warning: saved with torch {manifest.torch}, this is {torch.__version__}: bits may differ from here")
         for change in resuming.require_same_plan(run_dir, plan):
             note(f"changed since the run was last started: {change}")
-        yield Start(run_dir, lambda: None, *found)
+        yield Start(run_dir, nothing, *found)
 
 
-def identified(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
+def identified(plan: Plan, corpus: Corpus, start: Start, ranks: Ranks) -> RunIdentity:
     """What the run's checkpoints have in common, written down for a new one, compared for one that goes on.
 
-    Raises StorageError when the data is not what the run was trained on.
+    Raises StorageError when the data is not what the run was trained on, or not the same on all ranks.
     """
-    run_dir, corpus_sha256 = start.run_dir, str(corpus.description["corpus_sha256"])
-    if start.manifest is not None and start.manifest.corpus_sha256 != corpus_sha256:
+    found = ranks.gather(str(corpus.description["corpus_sha256"]))
+    run_dir = start.run_dir
+    if start.manifest is not None and start.manifest.corpus_sha256 != found[0]:
         raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
+    if len(set(found)) > 1:
+        raise StorageError(f"{run_dir}: ranks have read different data (its hashes differ)")
+    return ranks.first(lambda: _identity(plan, corpus, start))
+
+
+def _identity(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
+    run_dir, corpus_sha256 = start.run_dir, str(corpus.description["corpus_sha256"])
     if start.manifest is None:
         replace_file(run_dir / TOKENIZER, corpus.tokenizer.to_str())
     name = write_identity(run_dir) if start.manifest is None else run_id(run_dir)
@@ -101,8 +117,10 @@ def checked(plan: Plan) -> TrainPlan:
     return plan.run.train
 
 
-def require_memory_for(plan: Plan, run: TrainPlan, device: str) -> None:
+def require_memory_for(plan: Plan, run: TrainPlan, device: str, ranks: Ranks = ALONE) -> None:
     """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
+    if ranks.size > 1:
+        return
     memory = step_memory(plan.model, run.micro_batch_size, run.seq_len, dense_values=plan.run.dense_values)
     state = memory.weights + memory.gradients + memory.optimizer
     copy = memory.checkpoint if run.async_checkpoints and device == "cpu" else 0

@@ -1,6 +1,6 @@
 """The value tables that training updates by rows, and how a model reads them in each step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memforge.build import build_model
 from memforge.plan import LayerPlan, ModelPlan
-from memforge_kernels import Record, RowOptimizer, Tape, new_tap
+from memforge_kernels import Read, Record, RowOptimizer, Tape, new_tap
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,16 @@ def read_sites(plan: ModelPlan, batch: int, seq_len: int) -> Sites:
         tokens = torch.zeros(batch, seq_len, dtype=torch.int64, device="meta")
         model.forward_with(tokens, [lambda tape=tape: tape for tape in tapes])
     return [
-        [_site(names[id(table)], tap, layer) for table, tap in zip(tape.tables, tape.taps, strict=True)]
+        [_site(names[id(table)], record, layer) for table, record in zip(tape.tables, tape.records, strict=True)]
         for tape, layer in zip(tapes, plan.layers, strict=True)
     ]
 
 
-def _site(table: str, tap: Tensor, layer: LayerPlan) -> ReadSite:
+def _site(table: str, record: Record, layer: LayerPlan) -> ReadSite:
     """Blocks of one layer are of different kinds, and so are their pools: a table says which block reads it."""
     reader = next(block for block in layer.blocks if table.startswith(f"{block.pool_path()}."))
-    return ReadSite(table, reader.path, tap.shape)
+    assert record.tap is not None
+    return ReadSite(table, reader.path, record.tap.shape)
 
 
 class RowTables:
@@ -63,15 +64,22 @@ class RowTables:
         """The rows [u] of each table that the coming update will move."""
         return {name: self.optimizer.touched(table) for name, table in self.tables.items()}
 
-    def add(self, sites: Sites, taps: list[list[Tensor]], records: Sequence[Sequence[Record]]) -> None:
-        """Hand the optimizer the gradients of all reads, after the backward pass.
+    def add(
+        self,
+        sites: Sites,
+        records: Sequence[Sequence[Record]],
+        of_all_copies: Callable[[Read, int], Read] = lambda read, num_slots: read,
+    ) -> None:
+        """Hand the optimizer the gradients of all reads, after the backward pass; `of_all_copies` adds the reads that
+        other ranks have made of the same columns.
 
         Raises ValueError for a table that is read both through a tape and by autograd.
         """
-        for layer, layer_taps, layer_records in zip(sites, taps, records, strict=True):
-            for site, tap, record in zip(layer, layer_taps, layer_records, strict=True):
-                if tap.grad is not None:
-                    self.optimizer.add(self.tables[site.table], record.read(tap.grad))
+        for layer, made in zip(sites, records, strict=True):
+            for site, record in zip(layer, made, strict=True):
+                if (read := record.read()) is not None:
+                    table = self.tables[site.table]
+                    self.optimizer.add(table, of_all_copies(read, len(table)))
         for name, table in self.tables.items():
             if table.grad is not None:
                 raise ValueError(f"{name} is read without the reader that its block was given")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memforge.plan import ModelPlan
+from memforge.training.ranks import ALONE, Ranks
 from memforge.training.tables import ReadSite
 from memforge_kernels import Record
 from memforge_kernels.tape import Gathered
@@ -21,8 +22,8 @@ TOP_SHARE = 0.01
 class SlotUsage:
     """The reads of a table's slots by one block.
 
-    `weight` [m] fp32 is the sum of the weights with which each slot was read since the last row of metrics, `ever` [m]
-    bool whether it was read at all since the start.
+    `weight` [m] fp32 is the sum of the weights with which this rank has read each slot since the last row of metrics,
+    `ever` [m] bool whether any rank has read it at all before.
     """
 
     weight: Tensor
@@ -37,16 +38,16 @@ class SlotUsage:
         weights = weights.reshape(-1).to(self.weight.dtype).abs().nan_to_num()  # of a step that will be left out
         self.weight.index_add_(0, slots.reshape(-1), weights)
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, ranks: Ranks = ALONE) -> dict[str, float]:
         """Shares of the slots that were read, and how evenly their weight is spread; then the window starts anew.
 
         entropy and kl (to uniform) are in nats, top_1pct is what the most read 1% of slots take of the weight.
         Ref: Lample et al. 2019 (1907.05242), section 4.6.
         """
-        m = len(self.weight)
-        read = self.weight > 0
+        m, weight = len(self.weight), ranks.total(self.weight)
+        read = weight > 0
         self.ever |= read
-        used = self.weight[read].double()
+        used = weight[read].double()
         self.weight.zero_()
         found = {"slots_used": len(used) / m, "slots_ever": int(self.ever.sum()) / m}
         if not len(used):
@@ -61,20 +62,22 @@ class SlotUsage:
 class Telemetry:
     """Figures of the blocks between two rows of metrics.
 
-    `observed` are sums over `steps` of what the blocks say of themselves (memforge.blocks.pools.Pools).
+    `observed` are sums over `steps` of what the blocks say of themselves (memforge.blocks.pools.Pools), of a rank its
+    part of the mean. What is summed up is summed over ranks only when it is asked for.
     """
 
     usage: dict[str, SlotUsage]
     device: torch.device | str = "cpu"
+    ranks: Ranks = ALONE
     observed: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
 
     @classmethod
-    def of(cls, plan: ModelPlan, device: torch.device) -> "Telemetry":
+    def of(cls, plan: ModelPlan, device: torch.device, ranks: Ranks = ALONE) -> "Telemetry":
         slots = {row.owner: row.shape[0] for row in plan.params if row.group == "values"}
         readers = {block.path: block.pool_path() for layer in plan.layers for block in layer.blocks}
         usage = {path: SlotUsage.of(slots[pool], device) for path, pool in readers.items() if pool is not None}
-        return cls(usage, device)
+        return cls(usage, device, ranks)
 
     def read(self, site: ReadSite, record: Record) -> None:
         """Count a read. A block that reads two tables with the same slots counts once."""
@@ -91,13 +94,13 @@ class Telemetry:
         """All figures since the last call, by name."""
         found = dict(self._observed())
         for path, usage in self.usage.items():
-            found |= {f"{path}.{name}": value for name, value in usage.figures().items()}
+            found |= {f"{path}.{name}": value for name, value in usage.figures(self.ranks).items()}
         self.observed, self.steps = {}, 0
         return found
 
     def _observed(self) -> Iterator[tuple[str, float]]:
         for name, total in self.observed.items():
-            mean = total.double() / self.steps
+            mean = self.ranks.total(total.double()) / self.steps
             if not mean.dim():
                 yield name, float(mean)
                 continue
@@ -106,25 +109,26 @@ class Telemetry:
             yield f"{name}_entropy", -float(torch.special.xlogy(mean, mean).sum())
 
     def state(self) -> dict[str, Tensor]:
-        """All of it by name."""
-        state = {f"observed.{name}": value for name, value in self.observed.items()}
+        """All of it by name, summed over ranks."""
+        total = self.ranks.total
+        state = {f"observed.{name}": total(value) for name, value in self.observed.items()}
         for path, usage in self.usage.items():
-            state |= {f"{path}.weight": usage.weight, f"{path}.ever": usage.ever}
+            state |= {f"{path}.weight": total(usage.weight), f"{path}.ever": usage.ever}
         return state | {"steps": torch.tensor(self.steps)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        self.steps = int(state["steps"])
+        """Take over what `state` gave; of what is summed over ranks, the first has all and the others nothing."""
+        self.steps, share = int(state["steps"]), 1 if self.ranks.is_first else 0
         for name, value in state.items():
             if name.startswith("observed."):
-                self.observed[name.removeprefix("observed.")] = value.to(self.device)
+                self.observed[name.removeprefix("observed.")] = share * value.to(self.device)
         for path, usage in self.usage.items():
-            usage.weight.copy_(state[f"{path}.weight"])
+            usage.weight.copy_(share * state[f"{path}.weight"])
             usage.ever.copy_(state[f"{path}.ever"])
 
 
 def update_figures(
-    tables: Mapping[str, Tensor], touched: Mapping[str, Tensor], update: Callable[[], None]
+    tables: Mapping[str, Tensor], touched: Mapping[str, Tensor], update: Callable[[], None], ranks: Ranks = ALONE
 ) -> dict[str, float]:
     """Make an update, and say what it did to a sample of the touched rows [u] of each table.
 
@@ -136,8 +140,16 @@ def update_figures(
     update()
     found = {}
     for name, rows in sampled.items():
-        old, new = before[name], tables[name].detach()[rows]
-        found[f"{name}.moved"] = float((new.double() - old.double()).norm() / old.double().norm().clamp(min=1e-300))
-        if old.dtype in (torch.bfloat16, torch.float16):
-            found[f"{name}.lost"] = float((new == old).double().mean())
+        old, new = before[name].double(), tables[name].detach()[rows].double()
+        parts = (
+            (new - old).square().sum(),
+            old.square().sum(),
+            (new == old).double().sum(),
+            torch.ones_like(old).sum(),
+        )
+        # Of several ranks each has some of the columns.
+        moved, size, same, numbers = ranks.total_of_group(torch.stack(parts)).tolist()
+        found[f"{name}.moved"] = math.sqrt(moved / max(size, 1e-300))
+        if tables[name].dtype in (torch.bfloat16, torch.float16):
+            found[f"{name}.lost"] = same / numbers
     return found

@@ -47,7 +47,9 @@ def gradients(grad: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor) -> t
     d_query, d_keys = query.new_empty(n, 2 * h, q // 2), query.new_zeros(2 * h, s, q // 2)
     given = (grad.to(query.dtype), slots, query.reshape(n, 2 * h, q // 2), sub_keys.reshape(2 * h, s, q // 2))
     # A half of a head is one thread's, which adds to its sub-keys in the order of the tokens.
-    over_rows(_gradients, 2 * h, *(t.contiguous().numpy() for t in given), d_query.numpy(), d_keys.numpy())
+    # Not numpy(), after which torch no longer resizes a storage: FSDP2 does, to free parameters that it has gathered.
+    arrays = (np.from_dlpack(t.detach().contiguous()) for t in given)
+    over_rows(_gradients, 2 * h, *arrays, d_query.numpy(), d_keys.numpy())
     return d_query.view(query.shape), d_keys.view(sub_keys.shape)
 
 

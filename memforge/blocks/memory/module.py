@@ -27,10 +27,12 @@ class Memory(ProductKeys):
     def forward(self, x: Tensor, pools: Pools) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, d = x.shape
         flat = x.reshape(b * t, d)
-        slots, weights = self.lookup(flat)
+        slots, weights = self.lookup(flat, pools.reader)
+        # Before the read: where the slots are under way to other ranks, this does not wait for them.
+        gate = F.silu(self.w1(flat)) if self.w1 is not None else None
         y = self.pool_among(pools)(slots, weights, pools.reader).to(x.dtype)
-        if self.w1 is not None and self.w2 is not None:
-            y = self.w2(y * F.silu(self.w1(flat)))
+        if gate is not None and self.w2 is not None:
+            y = self.w2(y * gate)
         if self.gate_proj is not None:
             y = y * self.gate_proj(flat).sigmoid()
         if self.value_proj is not None:

@@ -21,6 +21,6 @@ class Peer(ProductKeys):
     def forward(self, x: Tensor, pools: Pools) -> tuple[Tensor, dict[str, Tensor]]:
         b, t, d = x.shape
         flat = x.reshape(b * t, d)
-        slots, weights = self.lookup(flat)
+        slots, weights = self.lookup(flat, pools.reader)
         y = self.pool_among(pools)(flat, slots, weights.to(x.dtype), self.activation, pools.reader)
         return y.view(b, t, d), {}

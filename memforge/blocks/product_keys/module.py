@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from memforge.blocks.pools import Pools
 from memforge.blocks.product_keys.spec import ProductKeyPlan
-from memforge_kernels import product_key_topk
+from memforge_kernels import Reader, product_key_topk
 
 
 class ProductKeys(nn.Module):
@@ -27,8 +27,8 @@ class ProductKeys(nn.Module):
         assert pool is not None
         return pool
 
-    def lookup(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots and softmax weights of all heads: flat [n, d] -> two of [n, h*k]."""
+    def lookup(self, flat: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
+        """Slots and softmax weights of all heads: flat [n, d] -> two of [n, h*k]. The reader hears of the slots."""
         n = flat.shape[0]
         query, sub_keys = self.query(flat).view(n, self.num_heads, self.key_dim), self.sub_keys
         if self.query_norm is not None and self.key_norm is not None:
@@ -36,4 +36,6 @@ class ProductKeys(nn.Module):
             query = self.query_norm(halves).view(n, self.num_heads, self.key_dim)
             sub_keys = self.key_norm(sub_keys)
         scores, slots = product_key_topk(query, sub_keys, self.top_k)
-        return slots.flatten(1), scores.softmax(dim=-1).flatten(1)
+        slots = slots.flatten(1)
+        reader.announce(slots, sub_keys.shape[2] ** 2)
+        return slots, scores.softmax(dim=-1).flatten(1)

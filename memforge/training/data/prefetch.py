@@ -16,14 +16,20 @@ class Prefetch:
     none, a batch is read when it is asked for.
     """
 
-    def __init__(self, stream: Windows, batch_size: int, *, first_step: int, workers: int) -> None:
+    def __init__(
+        self, stream: Windows, batch_size: int, *, first_step: int, workers: int, part: range | None = None
+    ) -> None:
+        """With a `part`, only those of the windows of each batch."""
         self._stream, self._batch_size, self._next = stream, batch_size, first_step
+        self._part = range(batch_size) if part is None else part
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="data") if workers else None
         self._ahead: dict[int, Future[Tokens]] = {}
         self._depth = AHEAD * workers
 
     def batch(self, step: int) -> Tokens:
-        """The windows of a step: [batch_size, window]. Steps follow each other; what went wrong in a worker is raised.
+        """The windows of a step: [batch_size or part, window]. Steps follow each other.
+
+        What went wrong in a worker is raised.
 
         Step s holds the windows from s * batch_size on.
         """
@@ -39,7 +45,7 @@ class Prefetch:
         return batch
 
     def _read(self, step: int) -> Tokens:
-        return self._stream.windows(step * self._batch_size, self._batch_size)
+        return self._stream.windows(step * self._batch_size + self._part.start, len(self._part))
 
     def close(self) -> None:
         """End the workers once the batches in work are read; those that wait are dropped."""
