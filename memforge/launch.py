@@ -25,10 +25,12 @@ from memforge.errors import DeviceError
 LOOPBACK, INTERFACE = "127.0.0.1", "lo"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-# The exit codes that memforge's ranks leave with together, each when its work is done. With 1 there is no work: it is a
-# claim that failed before the run began, or a traceback.
+# The exit codes that memforge's ranks leave with together, each when its work is done. With 1 and 3 there is no work: a
+# claim failed before the run began, a traceback, or a rank that waited for another for as long as it was told to.
 AGREED = frozenset({1, 2, 3, 4, 5, *(128 + number for number in STOPS)})
-AT_WORK = AGREED - {1}
+AT_WORK = AGREED - {1, 3}
+
+RESUME = "--resume auto goes on from the last checkpoint"
 
 # Seconds from the last signal that can be handled to SIGKILL, and from that until a rank is left to the system.
 LAST_WORD = 5.0
@@ -232,11 +234,13 @@ class _Ranks:
         code = codes[first]
         if code < 0:
             message = f"{self._name(first)} was killed by {_signal_name(-code)}{self._others(first)}"
-            return DeviceError.exit_code, f"{message}; --resume auto goes on from the last checkpoint"
+            return DeviceError.exit_code, f"{message}; {RESUME}"
         asked = {0, *(128 + number for number in self._stops)}
         agreed = code in AGREED and len(codes) == len(self._processes) and set(codes.values()) == {code}
         if agreed or set(codes.values()) <= asked:
             return code, None
+        if late:
+            return code, f"{self._name(late[0])} did not answer and was killed; {RESUME}"
         return code, f"{self._name(first)} left with exit code {code}{self._others(first)}"
 
     def _name(self, rank: int) -> str:

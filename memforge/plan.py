@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from memforge.blocks import union_of
 from memforge.blocks.base import BYTES_PER_ELEMENT, DType, Init, KindPlan, Param, PlanModel, RowReads, constant, normal
 from memforge.errors import StorageError
-from memforge.mesh import Mesh
+from memforge.mesh import Mesh, PoolReads, Split, SplitChoice
 from memforge.spec.checks import selections, site_of
 from memforge.spec.schema import (
     NAME,
@@ -174,6 +174,22 @@ def on_mesh(plan: Plan, mesh: Mesh) -> Plan:
     axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "memory": mesh.memory}
     run = plan.run.model_copy(update={"parallel": plan.run.parallel.model_copy(update=axes)})
     return plan.model_copy(update={"run": run})
+
+
+def split_of(plan: ModelPlan, choice: SplitChoice, mesh: Mesh) -> dict[str, Split]:
+    """How each pool is shared out among the memory ranks of a mesh, by the path of the pool; `choice` is the key
+    parallel.pools. All tables of a pool in one way; by columns those of which a reader does not say how it reads them.
+    """
+    tables: dict[str, list[ParamRow]] = {}
+    for row in plan.params:
+        if row.group == "values":
+            tables.setdefault(row.owner, []).append(row)
+    return {path: _reads_of(rows).split(choice, mesh.memory) for path, rows in tables.items()}
+
+
+def _reads_of(tables: list[ParamRow]) -> PoolReads:
+    reads = tuple(read.draws * read.rows for read in tables[0].reads)
+    return PoolReads(min(row.shape[0] for row in tables), tuple(row.shape[-1] for row in tables), reads)
 
 
 def plan_from_json(text: str, origin: str) -> Plan:

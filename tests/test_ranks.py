@@ -1,7 +1,8 @@
 """Several ranks against one: the same losses, gradients, weights and rows on every mesh of at most four."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import write
 from made_ranks import on_ranks
 from torch import Tensor
 
-from memforge.mesh import Mesh
+from memforge.mesh import Mesh, SplitChoice
 from memforge.plan import Plan, make_plan
 from memforge.spec import load_spec
 from memforge.training.optimizer import Stepper
@@ -106,27 +107,37 @@ def trained(plan: Plan, ranks: Ranks, dtype: torch.dtype, steps: int) -> dict[st
 def part(whole: Tensor, name: str, plan: Plan, ranks: Ranks) -> Tensor:
     """What a rank has of a parameter, or of a moment of it."""
     row = next(row for row in plan.model.params if name == row.path or name.startswith(f"{row.path}."))
-    piece = ranks.piece(row)
-    if piece is None or whole.shape != row.shape:
+    piece, shape = ranks.piece(row), row.shape[:1] if name.endswith(".last") else row.shape
+    if piece is None or whole.shape != shape or piece.dim == len(shape):
         return whole
     return whole.index_select(piece.dim, torch.tensor(piece.indices, dtype=torch.int64))
 
 
-def against_one(plan_json: str, meshes: list[list[int]], steps: int) -> dict[str, Any]:
-    """The greatest differences of this rank's parts from those of one rank, for each mesh and type of numbers."""
+def against_one(cases: list[tuple[str, list[list[int]], SplitChoice, int]]) -> list[dict[str, Any]]:
+    """Of each case, a plan on some meshes for so many steps, the greatest differences of this rank's parts from those
+    of one rank, for each mesh and type of numbers.
+    """
     import torch.distributed as dist
 
     from memforge.plan import plan_from_json
-    from memforge.training.distributed import ProcessRanks
 
     dist.init_process_group("gloo")
-    plan = plan_from_json(plan_json, "the test")
+    found = [_against_one(plan_from_json(plan_json, "the test"), *rest) for plan_json, *rest in cases]
+    dist.destroy_process_group()
+    return found
+
+
+def _against_one(plan: Plan, meshes: list[list[int]], pools: SplitChoice, steps: int) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from memforge.training.distributed import ProcessRanks
+
     found: dict[str, Any] = {}
     for dtype, length in ((torch.float64, steps), (torch.float32, 1)):
         expected = trained(plan, Ranks(), dtype, length)
         start = trained(plan, Ranks(), dtype, 0)["weights"]
         for axes in meshes:
-            ranks = ProcessRanks(Mesh(*axes), "cpu")
+            ranks = ProcessRanks(Mesh(*axes), "cpu", pools=pools)
             here = trained(plan, ranks, dtype, length)
             errors = {
                 kind: max(abs(a / b - 1) for a, b in zip(here[kind], expected[kind], strict=True))
@@ -153,19 +164,36 @@ def against_one(plan_json: str, meshes: list[list[int]], steps: int) -> dict[str
             )
             errors["rows"] = float(rows_differ)
             found[f"{Mesh(*axes)} {dtype}"] = errors
-    dist.destroy_process_group()
     return found
+
+
+class Case(NamedTuple):
+    """A plan to be trained on meshes of one size; `single` bounds the errors of a first step in fp32."""
+
+    plan: Plan
+    meshes: Sequence[Mesh]
+    pools: SplitChoice
+    steps: int = STEPS
+    single: float = 1e-5
+
+
+def require_equal(*cases: Case) -> None:
+    """Ranks train as one rank does."""
+    given = []
+    for case in cases:
+        axes = [[mesh.dp_replicate, mesh.dp_shard, mesh.memory] for mesh in case.meshes]
+        given.append([case.plan.to_json(), axes, case.pools, case.steps])
+    for of_rank in on_ranks(cases[0].meshes[0].ranks, "test_ranks:against_one", given):
+        for case, of_case in zip(cases, of_rank, strict=True):
+            assert len(of_case) == 2 * len(case.meshes)
+            for mesh, errors in of_case.items():
+                assert errors["start"] == errors["rows"] == 0, (mesh, errors)
+                exact = mesh.endswith("float64")
+                for kind, error in errors.items():
+                    if exact or kind in ("losses", "norms", "gradients"):
+                        assert error <= (1e-10 if exact else case.single), (mesh, kind, error)
 
 
 @pytest.mark.parametrize("world", MESHES)
 def test_every_mesh_trains_as_one_rank_does(tmp_path: Path, world: int) -> None:
-    plan = planned(tmp_path)
-    axes = [[mesh.dp_replicate, mesh.dp_shard, mesh.memory] for mesh in MESHES[world]]
-    for of_rank in on_ranks(world, "test_ranks:against_one", plan.to_json(), axes, STEPS):
-        assert len(of_rank) == 2 * len(axes)
-        for mesh, errors in of_rank.items():
-            assert errors["start"] == errors["rows"] == 0, (mesh, errors)
-            exact = mesh.endswith("float64")
-            for kind, error in errors.items():
-                if exact or kind in ("losses", "norms", "gradients"):
-                    assert error <= (1e-10 if exact else 1e-5), (mesh, kind, error)
+    require_equal(Case(planned(tmp_path), MESHES[world], "columns"))

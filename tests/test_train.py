@@ -222,7 +222,7 @@ def test_weights_are_saved_before_anything_that_may_fail(tmp_path: Path, monkeyp
         raise MemoryError("scores")
 
     with monkeypatch.context() as patch:
-        patch.setattr("memforge.training.loop.corpus_scores", fail)
+        patch.setattr("memforge.training.account.corpus_scores", fail)
         with pytest.raises(MemoryError):
             train(plan, tmp_path / "run")
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000003"]

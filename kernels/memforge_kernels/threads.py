@@ -3,10 +3,12 @@
 Each row is computed by one thread, in one order, so results do not depend on the number of threads.
 """
 
+import fcntl
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -30,9 +32,35 @@ def compiled(function: Callable[..., Any]) -> Any:
     """
     options: dict[str, Any] = {"nogil": True, "fastmath": set(SUMS), "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        kernel = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no place for its cache
         return numba.njit(**options)(function)
+    _one_process_at_a_time(kernel)
+    return kernel
+
+
+def _one_process_at_a_time(kernel: Any) -> None:
+    """Guard the files that a kernel is kept in by a lock.
+
+    numba numbers them without one: two processes that save code for different types at once give both the same number,
+    and what is loaded by it later is code for other types, which writes where it must not. Ranks start at once.
+    """
+    store = kernel._cache
+    lock = Path(store.cache_path) / ".memforge.lock"
+
+    def guarded(step: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            try:
+                file = lock.open("a")
+            except OSError:  # the cache can be read and not written
+                return step(*args)
+            with file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                return step(*args)
+
+        return call
+
+    store.save_overload, store.load_overload = guarded(store.save_overload), guarded(store.load_overload)
 
 
 inline = numba.njit(inline="always")

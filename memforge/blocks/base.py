@@ -199,6 +199,21 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class TableRead:
+    """One read of a table of the block's pool for every token, made through `pools.reader`, by `rows` slots each.
+
+    `same_slots`: those of the read before. `kept`: whether the block keeps what is returned, or anything that is made
+    after it, for its backward pass; where it does not, a layer that runs again for that pass ends before.
+    """
+
+    op: Literal["weighted_gather", "gather_dot"]
+    table: str
+    rows: int
+    same_slots: bool = False
+    kept: bool = True
+
+
+@dataclass(frozen=True)
 class Site:
     """What a block may know of the model around it."""
 
@@ -245,6 +260,10 @@ class KindPlan(PlanModel):
     def pool_reads(self) -> RowReads | None:
         """How one token reads the rows of that pool; None: all of them."""
         return None
+
+    def table_reads(self) -> tuple[TableRead, ...]:
+        """The reads of the pool's tables in the order they are made."""
+        return ()
 
     def looks_ahead(self) -> str | None:
         """Why a token's output depends on later tokens in training, if it does. Every report repeats it."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 import traceback
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from memforge.report.console import forget_stdout, plain, print_json
 from memforge.report.diagnostics import error_record, show
 
 INTERNAL_ERROR = 70
+SECONDS_TO_TELL = 1.0
 # What only some commands import, and only when they run.
 PACKAGES = frozenset(("torch", "triton", "numpy", "numba", "safetensors", "tokenizers"))
 
@@ -47,6 +49,8 @@ class _Group(TyperGroup):
                 raise
             code, message = _explained(error)
             if is_other_rank() and _concerns_all(error):
+                # torchrun ends the first rank, which is about to say it, as soon as it sees another leave.
+                time.sleep(SECONDS_TO_TELL)
                 raise typer.Exit(code) from None
             if as_json:
                 _print_errors(

@@ -37,7 +37,9 @@ def profile(
         int | None,
         typer.Option(help="Tokens in a sequence; default: train.seq_len, or the longest that all models take."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences; default: train.micro_batch_size, or 1.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Sequences, with --mesh of each rank; default: train.micro_batch_size, or 1.")
+    ] = None,
     device: Annotated[
         list[str] | None,
         typer.Option("--device", metavar="DEVICE", help="Of the roofline; default: all known. cpu is measured."),
@@ -89,8 +91,10 @@ def profile(
         batch=batch if batch is not None else run.micro_batch_size if run is not None else 1,
         seq_len=length,
         mesh=None if mesh is None else parse_mesh(mesh),
+        pools=plan.run.parallel.pools,
         devices=_devices(device),
         dense_values=plan.run.dense_values,
+        dropout=run is not None and run.dropout > 0,
     )
     if others:
         verdicts = [
@@ -259,7 +263,7 @@ def _print_profile(
         tables.roofline_table(cost),
     ]
     if cost["mesh"] is not None:
-        shown.append(tables.mesh_table(cost["mesh"]))
+        shown += [tables.mesh_table(cost["mesh"]), tables.wire_table(cost), tables.rank_roofline_table(cost["mesh"])]
     if measured is not None:
         shown.append(tables.time_table(measured))
     for verdict in verdicts:

@@ -22,7 +22,7 @@ from memforge.cli.options import (
     torch_device,
 )
 from memforge.errors import UsageError, is_text, printable
-from memforge.mesh import parse_mesh
+from memforge.mesh import MAX_RANKS, parse_mesh
 from memforge.report.console import console, plain, print_json
 from memforge.report.run import STEP
 
@@ -56,6 +56,12 @@ def train(
     nproc: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Start so many ranks on this machine, as torchrun would.")
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Walk through one step of one rank, and print what it holds; trains nothing."),
+    ] = False,
+    world_size: Annotated[int | None, typer.Option(min=1, max=MAX_RANKS, help="Ranks of a --dry-run.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Which of them is walked through; the last.")] = None,
     no_parity: NoParity = False,
     json_: Json = False,
 ) -> None:
@@ -74,6 +80,11 @@ def train(
             parity = with_fix(parity, loaded, plan.parity.baseline, Given(spec, set_, spec_root))
         require(parity)
     plan = plan if mesh is None else on_mesh(plan, parse_mesh(mesh))
+    if dry_run:
+        _walk(plan, world_size, rank, as_json=json_)
+        return
+    if world_size is not None or rank is not None:
+        raise UsageError("--world-size and --rank are those of a --dry-run; --nproc starts ranks")
     target = out or _free_directory(Path("runs") / plan.name) if resume is None else _resumed(spec, out, resume)
     if nproc is not None and "MEMFORGE_LAUNCHED" not in os.environ:
         from memforge.launch import launch
@@ -106,6 +117,26 @@ def train(
         print_json(summary)
     else:
         show_runs([summary])
+
+
+def _walk(plan: Any, world_size: int | None, rank: int | None, *, as_json: bool) -> None:
+    """Print what one rank of a run would hold, walked through beside the ledger."""
+    from memforge.report.ranks import show_dry_run
+
+    with console(stderr=True).status("walking through a step"):
+        from memforge.profile.dry_run import dry_run, record
+        from memforge.training.ranks import mesh_of
+
+        known = plan.run.parallel
+        size = world_size or known.dp_replicate * known.memory * (1 if known.dp_shard == "auto" else known.dp_shard)
+        mesh = mesh_of(known, size)
+        if rank is not None and rank >= mesh.ranks:
+            raise UsageError(f"--rank {rank}: the ranks are 0 to {mesh.ranks - 1}")
+        found = record(plan, mesh, dry_run(plan, mesh, rank))
+    if as_json:
+        print_json(found)
+    else:
+        show_dry_run(plan.name, found)
 
 
 def _of_each_rank(arguments: list[str], target: Path, is_chosen: bool) -> list[str]:

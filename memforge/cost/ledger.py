@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from memforge.blocks.base import BYTES_PER_ELEMENT, OpCost, matmul_cost
@@ -19,7 +20,7 @@ from memforge.cost.memory import StepMemory, step_memory, updated_by_rows
 from memforge.cost.mesh import per_rank
 from memforge.cost.roofline import Roofline, roofline, update_bytes
 from memforge.errors import UsageError
-from memforge.mesh import Mesh
+from memforge.mesh import Mesh, SplitChoice
 from memforge.plan import ModelPlan, ParamRow
 
 CONVENTIONS = (
@@ -35,11 +36,17 @@ CONVENTIONS = (
     "all experts where they choose the tokens",
     "memory: training in fp32 with AdamW, pools by the rows that were read, whose gradient stays in factors; "
     "activations are what autograd keeps in eager mode",
-    "mesh: dense parameters by rows over dp_shard x memory ranks, pools by columns over memory, a copy on every other "
-    "rank; activations and the gradients of pools, which follow the tokens, are not in it",
+    "mesh: dense parameters cut over dp_shard x memory ranks, pools by columns or rows over memory, a copy in every "
+    "group; what the fullest rank holds in a step of one pass on a CPU, with all that is gathered for it",
+    "wire: bytes that a rank sends where nothing is sent twice, of n ranks (n-1) times its part of a gather, (n-1)/n "
+    "of what it hands in to be summed and scattered, twice that for a sum that all get, and all but its own of an "
+    "exchange; equal to the collectives recorded in training, but for pools by rows, where it is their mean",
     "roofline: the least time by peak FLOPs and bandwidth, each row and weight moved once; the update moves all but "
     "rows of pools that no token read (uniform); in bf16 on named devices, pools and update in the types they are "
     "stored in; memory-bound is a share of forward and backward time",
+    "roofline of a rank: its own tokens and its part of the update; collectives at the rates of links and ports, "
+    "without latency, what enters a machine once through the ports of all its members; between the sum of computing "
+    "and sending and the longest of computing, links and network, as far as they overlap",
 )
 EXCLUDED = (
     "norms",
@@ -220,13 +227,16 @@ def estimate(
     batch: int = 1,
     seq_len: int | None = None,
     mesh: Mesh | None = None,
+    pools: SplitChoice = "auto",
     devices: Iterable[Device] = tuple(DEVICES.values()),
     dense_values: bool = False,
+    dropout: bool = False,
 ) -> CostReport:
     """The cost of one step on `batch` sequences of `seq_len` tokens (by default the model's longest).
 
-    Roofline times are given for each of `devices`, the share of one rank for `mesh`. Pools are updated by the rows that
-    were read, or with `dense_values` as a whole.
+    Roofline times are given for each of `devices`, the share of one rank for `mesh`, where each rank has `batch`
+    sequences and `pools` are shared out so. Pools are updated by the rows that were read, or with `dense_values` as a
+    whole.
     Raises UsageError when seq_len is not in 1..max_seq_len, batch is not positive, or the model does not fit the mesh.
     """
     t = plan.max_seq_len if seq_len is None else seq_len
@@ -247,7 +257,8 @@ def estimate(
         for row in plan.params
         if updated_by_rows(row) and not dense_values
     )
-    lines = (roofline(((r.kind, r.cost) for r in rows), everything - at_rest, everything, device) for device in devices)
+    lines = [roofline(((r.kind, r.cost) for r in rows), everything - at_rest, everything, device) for device in devices]
+    of_rank = partial(per_rank, plan, batch=batch, seq_len=t, pools=pools, dense_values=dense_values, dropout=dropout)
     return CostReport(
         model_hash=plan.model_hash,
         batch=batch,
@@ -258,7 +269,7 @@ def estimate(
         caveats=plan.caveats(),
         memory=step_memory(plan, batch, t, dense_values=dense_values),
         roofline=tuple(lines),
-        mesh=None if mesh is None else per_rank(plan, mesh, dense_values=dense_values),
+        mesh=None if mesh is None else of_rank(mesh, computing=lines),
     )
 
 

@@ -1,40 +1,166 @@
-"""What each rank of a mesh holds: parameters, gradients and optimizer state."""
+"""What each rank of a mesh holds, what it sends, and the least time that its step takes."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from memforge.blocks.base import BYTES_PER_ELEMENT
-from memforge.cost.memory import state_bytes, updated_by_rows
+from memforge.cost.access import distinct_uniform
+from memforge.cost.links import rank_roofline
+from memforge.cost.memory import state_bytes, step_memory, updated_by_rows
+from memforge.cost.rank_memory import RankMemory, RankStep
+from memforge.cost.roofline import Roofline, update_bytes
+from memforge.cost.wire import StepOnWire, Total, totals
 from memforge.errors import UsageError
-from memforge.mesh import MESH_AXES, Mesh, columns_of, shard_of
-from memforge.plan import ModelPlan, ParamRow
+from memforge.mesh import MESH_AXES, Mesh, Split, SplitChoice, part_of_pool, shard_of
+from memforge.plan import ModelPlan, ParamRow, split_of
 
 
-def per_rank(plan: ModelPlan, mesh: Mesh, *, dense_values: bool = False) -> dict[str, Any]:
-    """The largest share that any rank holds. Raises UsageError where a pool has fewer columns than memory ranks."""
-    for row in plan.params:
-        if row.group == "values" and row.shape[-1] < mesh.memory:
-            raise UsageError(f"--mesh: memory={mesh.memory} is more than the {row.shape[-1]} columns of {row.path}")
-    shares = list(_shares(plan, mesh))
-    weights = sum(numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in shares)
+@dataclass(frozen=True)
+class RankShare:
+    """A step of one pass over `batch` sequences on every rank of a mesh, as the rank sees it that has most to hold.
+
+    `pools` says how they are shared out, `dense_values` that all their rows are updated. Raises UsageError where a rank
+    would have nothing of a pool.
+    """
+
+    plan: ModelPlan
+    mesh: Mesh
+    batch: int
+    seq_len: int
+    pools: SplitChoice = "auto"
+    dense_values: bool = False
+    dropout: bool = False
+
+    def __post_init__(self) -> None:
+        for row in self.plan.params:
+            if row.group != "values" or row.shape[0 if self._by_rows(row) else -1] >= self.mesh.memory:
+                continue
+            parts = {"columns": f"{row.shape[-1]:,} columns", "rows": f"{row.shape[0]:,} rows"}
+            few = " and the ".join(parts.values()) if self.pools == "auto" else parts[self.pools]
+            raise UsageError(f"--mesh: memory={self.mesh.memory} is more than the {few} of {row.path}")
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        return dict(split_of(self.plan, self.pools, self.mesh))
+
+    def _by_rows(self, row: ParamRow) -> bool:
+        return self.splits[row.owner] == "rows"
+
+    @cached_property
+    def held(self) -> list[tuple[ParamRow, int]]:
+        """Elements of each parameter on the rank that has most: the last of a group by columns, else the first."""
+        found = []
+        for row in self.plan.params:
+            if row.group == "dense":
+                piece = shard_of(row.shape, self.mesh, 0)
+            else:
+                rank = 0 if self._by_rows(row) else self.mesh.memory - 1
+                piece = part_of_pool(row.shape, self.mesh, rank, self.splits[row.owner])
+            found.append((row, math.prod(piece.shape(row.shape))))
+        return found
+
+    @property
+    def update_traffic(self) -> int:
+        """Bytes that the update moves: of pools those of the rows that the tokens of all ranks are expected to read."""
+        moved, tokens = 0, self.batch * self.seq_len * self.mesh.ranks
+        for row, numel in self.held:
+            if updated_by_rows(row) and not self.dense_values:
+                numel = numel * distinct_uniform(row.reads, tokens, row.shape[0]) // row.shape[0]
+            moved += numel * sum(update_bytes(row.dtype))
+        return moved
+
+    @cached_property
+    def memory(self) -> RankMemory:
+        if self.mesh.ranks == 1:
+            step = step_memory(self.plan, self.batch, self.seq_len, dense_values=self.dense_values)
+            peaks = (step.peak, step.peak_in, step.peak_checkpointed, step.peak_checkpointed_in)
+            return RankMemory(step.activations, step.activations_checkpointed, 0, 0, 0, *peaks)
+        return RankStep(self.plan, self.mesh, self.batch, self.seq_len, self.pools, self.dense_values).memory()
+
+    def sent(self, *, checkpoint_layers: bool = False) -> list[Total]:
+        """The collectives of the last rank of a memory group, which serves most columns."""
+        step = StepOnWire(
+            self.plan,
+            self.mesh,
+            self.mesh.memory - 1,
+            [[self.batch]] * self.mesh.ranks,
+            self.seq_len,
+            pools=self.pools,
+            dense_values=self.dense_values,
+            checkpoint_layers=checkpoint_layers,
+            dropout=self.dropout,
+        )
+        return totals(step.collectives())
+
+
+def per_rank(
+    plan: ModelPlan,
+    mesh: Mesh,
+    *,
+    batch: int = 1,
+    seq_len: int | None = None,
+    pools: SplitChoice = "auto",
+    dense_values: bool = False,
+    dropout: bool = False,
+    computing: Iterable[Roofline] = (),
+) -> dict[str, Any]:
+    """The record of a mesh, by the figures of the rank that has most: see RankShare, which may raise UsageError.
+
+    `computing` are the times that devices need for the tokens of one rank: as many others serve it as it serves, so
+    that they are those of its forward and backward pass.
+    """
+    t = plan.max_seq_len if seq_len is None else seq_len
+    share = RankShare(plan, mesh, batch, t, pools, dense_values, dropout)
+    held, memory = share.held, share.memory
+    once, again = share.sent(), share.sent(checkpoint_layers=True)
+    lines = []
+    for line in computing:
+        own = (line.forward, line.backward, share.update_traffic / line.device.bytes_per_second)
+        lines.append(rank_roofline(own, once, mesh, line.device).as_dict(memory.peak, memory.peak_checkpointed))
     return {
         "axes": {axis: getattr(mesh, axis) for axis in MESH_AXES},
         "ranks": mesh.ranks,
-        "params_per_rank": sum(numel for _, numel in shares),
-        "dense_params_per_rank": sum(numel for row, numel in shares if row.group == "dense"),
-        "pool_params_per_rank": sum(numel for row, numel in shares if row.group == "values"),
-        "weight_bytes_per_rank": weights,
+        "pools": share.splits if mesh.memory > 1 else {},
+        "params_per_rank": sum(numel for _, numel in held),
+        "dense_params_per_rank": sum(numel for row, numel in held if row.group == "dense"),
+        "pool_params_per_rank": sum(numel for row, numel in held if row.group == "values"),
+        "weight_bytes_per_rank": sum(numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in held),
         # That of a pool stays in factors, which follow the tokens of a step and not its size.
         "gradient_bytes_per_rank": sum(
-            numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in shares if dense_values or not updated_by_rows(row)
+            numel * BYTES_PER_ELEMENT[row.dtype]
+            for row, numel in held
+            if share.dense_values or not updated_by_rows(row)
         ),
-        "optimizer_bytes_per_rank": sum(numel * state_bytes(row) for row, numel in shares),
+        "optimizer_bytes_per_rank": sum(numel * state_bytes(row) for row, numel in held),
+        "activation_bytes_per_rank": memory.activations,
+        "activation_bytes_checkpointed_per_rank": memory.activations_checkpointed,
+        "gathered_bytes_per_rank": memory.gathered,
+        "scattered_bytes_per_rank": memory.scattered,
+        "served_bytes_per_rank": memory.served,
+        "peak_bytes_per_rank": memory.peak,
+        "peak_in": memory.peak_in,
+        "peak_bytes_checkpointed_per_rank": memory.peak_checkpointed,
+        "peak_checkpointed_in": memory.peak_checkpointed_in,
+        "wire": {
+            "rows": [_row(total) for total in once],
+            "sent_bytes": sum(total.sent for total in once),
+            "sent_bytes_checkpointed": sum(total.sent for total in again),
+        },
+        "roofline": lines,
     }
 
 
-def _shares(plan: ModelPlan, mesh: Mesh) -> Iterator[tuple[ParamRow, int]]:
-    """Elements of each parameter on the rank that has most of it: of dense ones the first, of pools the last."""
-    for row in plan.params:
-        of_rank, rank = (columns_of, mesh.memory - 1) if row.group == "values" else (shard_of, 0)
-        piece = of_rank(row.shape, mesh, rank)
-        yield row, row.numel // row.shape[piece.dim] * piece.length
+def _row(total: Total) -> dict[str, Any]:
+    return {
+        "what": total.what,
+        "op": total.op,
+        "group": total.group,
+        "ranks": total.size,
+        "count": total.number,
+        "payload_bytes": total.payload,
+        "sent_bytes": total.sent,
+        "expected": total.expected,
+    }

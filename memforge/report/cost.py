@@ -205,7 +205,7 @@ def roofline_table(cost: dict[str, Any]) -> Table:
             f"{line['device']} {line['dtype']}",
             *(milliseconds(seconds[phase]) for phase in phases),
             f"{line['memory_bound']:.0%}",
-            "yes" if line["fits"] else "checkpointing" if line["fits_checkpointed"] else "no",
+            holds_it(line),
         )
     return table
 
@@ -217,17 +217,77 @@ def milliseconds(seconds: float) -> str:
 
 
 def mesh_table(mesh: dict[str, Any]) -> Table:
-    """What the fullest rank of a mesh holds."""
-    axes = ", ".join(f"{axis}={size}" for axis, size in mesh["axes"].items() if size > 1) or "one rank"
-    table = titled_table(f"The fullest of {mesh['ranks']:,} ranks ({axes})", ("", "parameters", "bytes"))
-    table.add_row("dense", f"{mesh['dense_params_per_rank']:,}", "")
-    table.add_row("pools", f"{mesh['pool_params_per_rank']:,}", "")
-    table.add_row("weights", f"{mesh['params_per_rank']:,}", si(mesh["weight_bytes_per_rank"], "B"))
-    table.add_row("gradients", "", si(mesh["gradient_bytes_per_rank"], "B"))
-    table.add_row("optimizer state", "", si(mesh["optimizer_bytes_per_rank"], "B"))
+    """What the fullest rank of a mesh holds, with and without activation checkpointing."""
+    title = f"The fullest of {mesh['ranks']:,} ranks ({_axes(mesh)})"
+    table = titled_table(title, ("", "parameters", "bytes", "checkpointing layers"))
+    table.add_row("dense", f"{mesh['dense_params_per_rank']:,}", "", "")
+    table.add_row(_pools(mesh), f"{mesh['pool_params_per_rank']:,}", "", "")
+    table.add_row("weights", f"{mesh['params_per_rank']:,}", si(mesh["weight_bytes_per_rank"], "B"), "")
+    table.add_row("gradients", "", si(mesh["gradient_bytes_per_rank"], "B"), "")
+    table.add_row("optimizer state", "", si(mesh["optimizer_bytes_per_rank"], "B"), "")
     held = ("weight_bytes_per_rank", "gradient_bytes_per_rank", "optimizer_bytes_per_rank")
-    table.add_row("together", "", si(sum(mesh[key] for key in held), "B"), style="bold")
+    table.add_row("together", "", si(sum(mesh[key] for key in held), "B"), "", style="bold")
+    for name, key in (
+        ("activations", "activation_bytes"),
+        ("whole parameters", "gathered_bytes"),
+        ("their gradients", "scattered_bytes"),
+        ("reads of others", "served_bytes"),
+        ("peak", "peak_bytes"),
+    ):
+        again = mesh.get(f"{key}_checkpointed_per_rank")
+        cells = (si(mesh[f"{key}_per_rank"], "B"), "" if again is None else si(again, "B"))
+        table.add_row(name, "", *cells, style="bold" if name == "peak" else None)
+    table.add_row("peak in", "", mesh["peak_in"], mesh["peak_checkpointed_in"])
     return table
+
+
+def _axes(mesh: dict[str, Any]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in mesh["axes"].items() if size > 1) or "one rank"
+
+
+def _pools(mesh: dict[str, Any]) -> str:
+    """Pools, and how they are shared out."""
+    ways = list(dict.fromkeys(mesh["pools"].values()))
+    return f"pools, by {' or '.join(ways)}" if ways else "pools"
+
+
+def wire_table(cost: dict[str, Any]) -> Table:
+    """What a rank sends in a step, by what it is for."""
+    mesh, shape = cost["mesh"], f"{cost['batch']} x {cost['seq_len']} tokens"
+    columns = ("", "collective", "ranks", "of", "number", "handed in", "sent")
+    table = titled_table(f"Bytes on the wire, of one of {mesh['ranks']:,} ranks in a step on its {shape}", columns)
+    for row in mesh["wire"]["rows"]:
+        mean = " (mean)" if row["expected"] else ""
+        table.add_row(
+            row["what"],
+            row["op"],
+            f"{row['ranks']:,}",
+            row["group"],
+            f"{row['count']:,}",
+            si(row["payload_bytes"], "B"),
+            f"{si(row['sent_bytes'], 'B')}{mean}",
+        )
+    table.add_section()
+    table.add_row("together", "", "", "", "", "", si(mesh["wire"]["sent_bytes"], "B"), style="bold")
+    again = si(mesh["wire"]["sent_bytes_checkpointed"], "B")
+    table.add_row("checkpointing layers", "", "", "", "", "", again)
+    return table
+
+
+def rank_roofline_table(mesh: dict[str, Any]) -> Table:
+    """The least milliseconds of a step of one rank on each device, sending included."""
+    columns = ("device", "computing", "links", "network", "all overlapped", "none overlapped", "one holds it")
+    table = titled_table(f"Roofline of one of {mesh['ranks']:,} ranks, least milliseconds per step", columns)
+    for line in mesh["roofline"]:
+        times = (line["seconds"][name] for name in ("computing", "link", "network", "overlapped", "in_turn"))
+        cells = ("unknown" if time is None else milliseconds(time) for time in times)
+        table.add_row(line["device"], *cells, holds_it(line))
+    return table
+
+
+def holds_it(line: dict[str, Any]) -> str:
+    """Whether a device has the memory for the peak of a step."""
+    return "yes" if line["fits"] else "checkpointing" if line["fits_checkpointed"] else "no"
 
 
 def conventions() -> list[str]:

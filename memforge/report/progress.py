@@ -18,7 +18,7 @@ from memforge.plan import Plan
 
 
 class RunReporter:
-    """Tells a console what the training loop does; see memforge.training.loop.Reporter."""
+    """Tells a console what the training loop does; see memforge.training.account.Reporter."""
 
     def __init__(self, console: Console, run_dir: str) -> None:
         self.console, self.run_dir = console, run_dir

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from memforge.blocks.base import KindSpec, Site
 from memforge.errors import KeyPath, Problem
+from memforge.mesh import PoolReads
 from memforge.spec.placement import select_layers
 from memforge.spec.schema import PlaceRule, Spec, TrainSpec, parts_at
 
@@ -213,18 +214,31 @@ def _check_value_update(spec: Spec, train: TrainSpec) -> Iterator[Problem]:
 
 def _check_parallel(spec: Spec, site: Site) -> Iterator[Problem]:
     """Meshes that do not fit the model."""
-    ranks, where = spec.parallel.memory, ("parallel", "memory")
+    ranks, choice, where = spec.parallel.memory, spec.parallel.pools, ("parallel", "memory")
     if ranks == 1:
         return
+    given = ((("parallel", "pools"), "pools is set here"),) if choice != "auto" else ()
     pools = list(_pools(spec))
     if not pools:
         yield Problem(where, f"memory = {ranks}, and no block reads a pool", "leave it out", depends=(("place",),))
     for key, pool in pools:
         path = f"pool.{key[1]}" if key[0] == "pool" else "pool"
-        columns = min((row.shape[-1] for row in pool.plan(site, path).params()), default=ranks)
-        if columns < ranks:
-            message = f"memory = {ranks} is more than the {columns} columns of a pool"
-            yield Problem(where, message, related=((key, "the pool is set here"),))
+        shapes = [row.shape for row in pool.plan(site, path).params()]
+        if not shapes:
+            continue
+        reads = PoolReads(min(shape[0] for shape in shapes), tuple(shape[-1] for shape in shapes), ())
+        possible = reads.possible(ranks)
+        if possible if choice == "auto" else choice in possible:
+            continue
+        parts = {"columns": f"{min(reads.widths)} columns", "rows": f"{reads.slots} rows"}
+        few = " and the ".join(parts.values()) if choice == "auto" else parts[choice]
+        yield Problem(
+            where,
+            f"memory = {ranks} is more than the {few} of a pool",
+            f'pools = "{possible[0]}" would do' if possible else None,
+            related=((key, "the pool is set here"), *given),
+            depends=(("parallel", "pools"),),
+        )
 
 
 def _pools(spec: Spec) -> Iterator[tuple[KeyPath, KindSpec]]:

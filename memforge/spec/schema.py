@@ -9,7 +9,7 @@ from memforge.blocks import union_of
 from memforge.blocks.attention.spec import AttentionSpec
 from memforge.blocks.base import Count, KindSpec, SpecModel
 from memforge.blocks.ffn.spec import FfnSpec
-from memforge.mesh import MAX_RANKS
+from memforge.mesh import MAX_RANKS, SplitChoice
 from memforge.spec.placement import MAX_LAYERS, LayerSelector
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -263,7 +263,10 @@ class ParallelSpec(SpecModel):
     dp_shard: Literal["auto"] | Ranks = Field(
         "auto", description="ranks that dense parameters are sharded over, times memory; auto: all that there are"
     )
-    memory: Ranks = Field(1, description="ranks that value pools are shared out to, by columns")
+    memory: Ranks = Field(1, description="ranks that value pools are shared out to")
+    pools: SplitChoice = Field(
+        "auto", description="how: by columns, by rows, or each pool in the way that moves fewer bytes (auto)"
+    )
     timeout_minutes: Annotated[float, Field(gt=0, le=10**5)] = Field(
         10.0, description="how long ranks wait for one another before the run ends"
     )

@@ -1,6 +1,7 @@
 """Ranks on torch.distributed: FSDP2 for dense parameters, memory groups for pools, gloo for what is no tensor."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,17 +18,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from memforge.errors import DeviceError, MemforgeError
-from memforge.mesh import Mesh, columns_of, shard_dim, shard_of, sizes
+from memforge.mesh import Mesh, Split, SplitChoice, part_of_pool, shard_dim, shard_of, sizes
 from memforge.nn.decoder import Decoder
 from memforge.pieces import Piece
-from memforge.plan import ModelPlan, ParamRow
+from memforge.plan import ModelPlan, ParamRow, split_of
 from memforge.training.ranks import Ranks, T
 from memforge_kernels import Read, Reader
-from memforge_kernels.shared_out import ColumnReader, MemoryGroup, TokenGroup
+from memforge_kernels.shared_out import MemoryGroup, PartReader, TokenGroup
 
 
 @contextmanager
-def joined(mesh: Mesh, device: str, local_rank: int, wait_minutes: float) -> Iterator[Ranks]:
+def joined(
+    mesh: Mesh, device: str, local_rank: int, wait_minutes: float, pools: SplitChoice = "auto"
+) -> Iterator[Ranks]:
     """This process among the ranks of its run, by the variables of torchrun.
 
     Raises DeviceError where they do not come together, or do not stay together.
@@ -38,8 +41,6 @@ def joined(mesh: Mesh, device: str, local_rank: int, wait_minutes: float) -> Ite
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    # Logits are a view, and so are taps; nothing is added to either in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     wait = timedelta(minutes=wait_minutes)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=wait)
@@ -47,7 +48,7 @@ def joined(mesh: Mesh, device: str, local_rank: int, wait_minutes: float) -> Ite
         raise DeviceError(f"this rank has not found the others: {_first_line(error)}") from None
     rank = dist.get_rank()
     try:
-        yield ProcessRanks(mesh, "cuda" if on_gpu else "cpu", local_rank, wait)
+        yield ProcessRanks(mesh, "cuda" if on_gpu else "cpu", local_rank, wait, pools)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             raise DeviceError(f"rank {rank} has lost another rank: {_first_line(error)}") from None
@@ -56,13 +57,22 @@ def joined(mesh: Mesh, device: str, local_rank: int, wait_minutes: float) -> Ite
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    """What gloo or NCCL say, without the place in their sources and their advice."""
+    line = str(error).strip().split("\n")[0]
+    return re.sub(r"^\[[^\]]*\.\w+:[0-9]+\]\s*", "", line).partition(". ")[0]
 
 
 class ProcessRanks(Ranks):
-    """This process among those of a mesh."""
+    """This process among those of a mesh. How it shares out `pools` follows from the plan of the model it builds."""
 
-    def __init__(self, mesh: Mesh, device_type: str, local_rank: int = 0, wait: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        device_type: str,
+        local_rank: int = 0,
+        wait: timedelta | None = None,
+        pools: SplitChoice = "auto",
+    ) -> None:
         self.mesh, self.rank, self.local_rank = mesh, dist.get_rank(), local_rank
         self.dense = self._dense_mesh(device_type)
         groups = init_device_mesh(device_type, (mesh.copies, mesh.memory), mesh_dim_names=("copies", "memory"))
@@ -70,6 +80,8 @@ class ProcessRanks(Ranks):
             MemoryGroup(groups.get_group("memory"), partial(sizes, parts=mesh.memory)) if mesh.memory > 1 else None
         )
         self.copies = TokenGroup(groups.get_group("copies")) if mesh.copies > 1 else None
+        self.pools = pools
+        self._splits: dict[str, Split] = {}
         self.wait = wait
         self.control = dist.new_group(backend=None if dist.get_backend() == "fake" else "gloo", timeout=wait)
 
@@ -90,10 +102,14 @@ class ProcessRanks(Ranks):
 
     def piece(self, row: ParamRow) -> Piece | None:
         if row.group == "values":
-            return columns_of(row.shape, self.mesh, self.rank) if self.mesh.memory > 1 else None
+            if self.mesh.memory == 1:
+                return None
+            assert row.owner in self._splits, "how pools are shared out is known once a model is built"
+            return part_of_pool(row.shape, self.mesh, self.rank, self._splits[row.owner])
         return shard_of(row.shape, self.mesh, self.rank) if self.mesh.shards > 1 else None
 
     def share_out(self, model: Decoder, plan: ModelPlan) -> dict[str, Piece]:
+        self._splits = split_of(plan, self.pools, self.mesh)
         values = [row for row in plan.params if row.group == "values"]
         for row in values:
             if (piece := self.piece(row)) is not None:
@@ -110,6 +126,8 @@ class ProcessRanks(Ranks):
         def placement(parameter: nn.Parameter) -> Shard:
             return Shard(shard_dim(tuple(parameter.shape), self.mesh.shards))
 
+        # Logits are a view, and so are taps; nothing is added to either in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for module in (*model.layers, model):
             fully_shard(module, mesh=self.dense, shard_placement_fn=placement, ignored_params=pools)
         for module in model.modules():
@@ -124,12 +142,16 @@ class ProcessRanks(Ranks):
             return
         for row in plan.params:
             if row.group == "values":
-                memory.share_out(model.get_parameter(row.path), row.shape[-1])
+                memory.share_out(model.get_parameter(row.path), self._splits[row.owner], row.shape)
 
         def through(reader: Reader) -> Reader:
-            return ColumnReader(reader, memory)
+            return PartReader(reader, memory)
 
         model.through = through
+
+    def rest(self, model: Decoder) -> None:
+        assert isinstance(model, FSDPModule)
+        model.reshard()
 
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -162,12 +184,14 @@ class ProcessRanks(Ranks):
         first = self.rank - self.memory.rank
         return self.memory.tokens(of_ranks[first : first + self.memory.size])
 
-    def of_all_copies(self, read: Read, num_slots: int, tokens: Sequence[int]) -> Read:
+    def of_all_copies(self, table: Tensor, read: Read, tokens: Sequence[int]) -> Read:
         if self.copies is None:
             return read
+        if self.memory is not None and self.memory.part(table).split == "rows":
+            return self.copies.gather_bags(read, len(table))
         size = self.mesh.memory
         of_groups = [sum(tokens[first : first + size]) for first in range(0, self.size, size)]
-        return self.copies.gather_read(read, num_slots, of_groups)
+        return self.copies.gather_read(read, len(table), of_groups)
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size

@@ -51,6 +51,8 @@ def compiled(model: Decoder, run: TrainPlan, note: Callable[[str], None], *, ran
     """
     model.train()
     eager = model.forward_taped if ranks == 1 else model.forward_with
+    for layer in model.layers:
+        layer.__dict__.pop("forward", None)  # what was compiled before and did not work
     if run.compile == "off" or (run.compile == "auto" and run.steps < MIN_STEPS_TO_COMPILE):
         return eager
     # The compiler that Inductor looks for on a CPU.

@@ -1,55 +1,34 @@
 """The training loop: a plan in, a run directory out."""
 
-import json
 import math
 import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from memforge.cost import estimate
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, Stopped, StorageError
 from memforge.machine import keep_memory
 from memforge.plan import Plan
-from memforge.report.html import run_page
-from memforge.storage import storage_errors
 from memforge.training import checkpoint as files
 from memforge.training import resume as resuming
+from memforge.training.account import Account, Ending, Reporter
 from memforge.training.checkpoint import Manifest, RunIdentity, Saver, Snapshot
 from memforge.training.data import Corpus, Prefetch, load_corpus
-from memforge.training.evaluate import corpus_scores, samples
 from memforge.training.execution import compiled, deterministic, precision_of
 from memforge.training.logs import Logs, NoLogs
-from memforge.training.machine_use import MachineUse, peak_of
 from memforge.training.optimizer import Gradients, Stepper
 from memforge.training.ranks import Ranks, ranks_of
 from memforge.training.revival import Reviver
-from memforge.training.run_directory import (
-    REPORT,
-    SPEED,
-    Summary,
-    write_summary,
-)
 from memforge.training.schedule import rate_shares
 from memforge.training.signals import SIGNALS, StopSignal
 from memforge.training.start import Start, checked, identified, place, require_disk_for, require_memory_for, write_plan
 from memforge.training.stored import own_parts, own_tensors
 from memforge.training.telemetry import Telemetry, update_figures
-
-
-class Reporter:
-    """Who is told what a run does; this one keeps it to itself. The loop prints nothing."""
-
-    def note(self, message: str) -> None: ...
-    def start(self, plan: Plan, corpus: Corpus, step: int) -> None: ...
-    def row(self, metrics: dict[str, Any], speed: dict[str, Any], total_steps: int) -> None: ...
-    def sample(self, step: int, prompt: str, text: str) -> None: ...
-    def finish(self, summary: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,9 +45,6 @@ class Budget:
             or (self.max_tokens is not None and tokens >= self.max_tokens)
             or (self.max_minutes is not None and seconds >= 60 * self.max_minutes)
         )
-
-
-Ending = Literal["running", "done", "budget", "interrupted", "non-finite"]
 
 
 def train(
@@ -153,17 +129,10 @@ class _Trainer:
         kept = {"keep": run.keep_checkpoints, "in_background": run.async_checkpoints}
         self.saver = Saver(run_dir, identity, ranks=beside, **kept)
         self.logs = Logs(run_dir, plan, identity.run_id, report.note) if ranks.is_first else NoLogs()
+        self.account = Account(run_dir, plan, corpus, self.logs, self.telemetry, report, ranks)
         self.begun = start.begun
-        self.cost = estimate(plan.model, seq_len=run.seq_len).as_dict()
-        devices = ranks.size if device.startswith("cuda") else ranks.machines
-        self.use = MachineUse(plan, self.cost["flops_per_token"]["total"], peak_of(device), devices)
         self.asked = Asked()
-        self.step, self.skipped = 0, 0
-        self.losses: list[float] = []
-        self.norm, self.rates, self.update_figures = math.nan, dict[str, float](), dict[str, float]()
-        self.last: dict[str, Any] = {}
-        self.saved_step: int | None = None
-        self.training_seconds = 0.0
+        self.step, self.saved_step = 0, None
         # Before the logs are cut back: the newest checkpoint must never be one whose rows are gone.
         ranks.first(lambda: resuming.clear_the_way(run_dir, start.checkpoint, report.note))
         if start.checkpoint is not None and start.manifest is not None:
@@ -171,9 +140,8 @@ class _Trainer:
         else:
             ranks.first(lambda: self.logs.cut_back({}, report.note))
         self.stepper.forward = compiled(self.model, run, report.note, ranks=ranks.size)
-        self.started = self.logged = self.saved_at = time.perf_counter()
-        self.not_training, self.waiting, self.is_first_row = 0.0, 0.0, True
-        self._logged_step = self.step
+        self.account.begin(self.step)
+        self.saved_at = self.account.started
 
     def snapshot(self) -> Snapshot:
         """All that the rest of the run depends on, of which this rank has to write a part."""
@@ -185,15 +153,7 @@ class _Trainer:
         if self.reviver is not None:
             counts["revival"] = self.reviver.state()
         tensors |= counts if self.ranks.is_first else {}
-        state = {
-            "optimizer": numbers,
-            "losses": list(self.losses),
-            "rates": dict(self.rates),
-            "grad_norm": self.norm if math.isfinite(self.norm) else None,
-            "update_figures": dict(self.update_figures),
-            "skipped": self.skipped,
-            "last": dict(self.last),
-        }
+        state = {"optimizer": numbers, **self.account.state()}
         cuts = {kind: found for kind, (_, found) in parts.items()}
         return Snapshot(self.step, tensors, state, self.ranks.first(self.logs.marks), cuts)
 
@@ -210,11 +170,8 @@ class _Trainer:
         if self.reviver is not None:
             self.reviver.load(read("revival"))
         self.step = self.saved_step = manifest.step
-        self.losses, self.skipped, self.last = list(state["losses"]), state["skipped"], dict(state["last"])
-        self.norm = math.nan if state["grad_norm"] is None else state["grad_norm"]
-        self.rates, self.update_figures = dict(state["rates"]), dict(state["update_figures"])
+        self.account.load(state)
         self.ranks.first(lambda: self.logs.cut_back(manifest.logs, self.report.note))
-        self.training_seconds = _seconds_so_far(self.run_dir)
 
     def save(self) -> None:
         """Save the state, and say in the summary how far the run is, for whoever looks at it before it ends."""
@@ -222,13 +179,13 @@ class _Trainer:
         self.saver.save(self.snapshot())
         self.saved_step = self.step
         self.begun()
-        self.write_summary("running")
+        self.account.write_summary(self.step, "running")
         self.saved_at = time.perf_counter()
-        self.not_training += self.saved_at - start
+        self.account.not_training += self.saved_at - start
 
     def run(self, stop: StopSignal, budget: Budget) -> dict[str, Any]:
         """All steps, or those until a signal or the end of the budget; then the end of the run."""
-        if 0 < self.step < self.spec.steps and self.last.get("step") != self.step:
+        if 0 < self.step < self.spec.steps and self.account.last.get("step") != self.step:
             self.log_if_due()  # a signal came before the row of this step
         stream = self.corpus.stream(self.spec.seq_len + 1, self.spec.seed)
         given = {"first_step": self.step, "workers": self.spec.data_workers, "part": self._own_windows()}
@@ -239,7 +196,7 @@ class _Trainer:
                     stop.arm()
                     self.begun()
                     # The last row is written with the last scores, and nothing is scored that a signal waits for.
-                    if self.step < self.spec.steps and (self.is_row_due(self.step) or self.is_save_due()):
+                    if self.step < self.spec.steps and (self.account.is_row_due(self.step) or self.is_save_due()):
                         if self._ends(stop, Budget()):
                             break
                         self.log_if_due()
@@ -261,20 +218,16 @@ class _Trainer:
             self.save_all()
         except (NonFiniteError, StorageError) as error:
             self.report.note(f"warning: {error}")
-        self.write_summary("non-finite")
-        self.write_report()
-
-    @property
-    def tokens(self) -> int:
-        """Those of all steps so far."""
-        return self.step * self.spec.batch_size * self.spec.seq_len
+        self.account.write_summary(self.step, "non-finite")
+        self.account.write_report()
 
     def _ends(self, stop: StopSignal, budget: Budget) -> bool:
         """Whether the run stops here, by what all ranks know now: a signal to any of them, the clock of the first."""
         now = time.perf_counter()
         flags = (
             *stop.asked(),
-            self.ranks.is_first and budget.is_spent(self.step, self.tokens, now - self.started),
+            self.ranks.is_first
+            and budget.is_spent(self.step, self.account.tokens(self.step), now - self.account.started),
             self.ranks.is_first and now - self.saved_at >= 60 * self.spec.checkpoint_minutes,
             self.saver.has_failed,
         )
@@ -295,12 +248,12 @@ class _Trainer:
         """One step: gradients and, if they are finite, the update."""
         waited = time.perf_counter()
         window = torch.from_numpy(batches.batch(self.step)).to(self.device, torch.int64)
-        self.waiting += time.perf_counter() - waited
+        self.account.waiting += time.perf_counter() - waited
         found = self.gradients(window)
-        loss, self.norm = float(found.loss), float(found.norm)
-        if math.isfinite(loss) and math.isfinite(self.norm):
+        loss, self.account.norm = float(found.loss), float(found.norm)
+        if math.isfinite(loss) and math.isfinite(self.account.norm):
             self.update(found)
-            self.losses.append(loss)
+            self.account.losses.append(loss)
         else:
             self.leave_out(loss)
         self.step += 1
@@ -327,41 +280,35 @@ class _Trainer:
         def make() -> None:
             self.stepper.update(found.norm, shares)
 
-        if self.stepper.tables is not None and self.is_row_due(self.step + 1):
+        if self.stepper.tables is not None and self.account.is_row_due(self.step + 1):
             tables = self.stepper.tables
-            self.update_figures = update_figures(tables.tables, tables.touched(), make, self.ranks)
+            self.account.update_figures = update_figures(tables.tables, tables.touched(), make, self.ranks)
         else:
             make()
-        self.rates = self.stepper.learning_rates()
+        self.account.rates = self.stepper.learning_rates()
         self.telemetry.observe(found.observed)
 
     def leave_out(self, loss: float) -> None:
         """A step without an update, as often as `max_skipped` allows."""
-        what = (
-            f"step {self.step + 1}: the loss is {loss:g} and the gradient norm {self.norm:g}; the update was not made"
-        )
-        if self.skipped >= self.spec.max_skipped:
+        account, what = self.account, f"step {self.step + 1}: the loss is {loss:g} and the gradient norm"
+        what = f"{what} {account.norm:g}; the update was not made"
+        if account.skipped >= self.spec.max_skipped:
             error = NonFiniteError(
                 f"{what}. A lower train.learning_rate or a longer warm-up usually helps; "
                 "train.max_skipped leaves out so many such steps"
             )
             error.of_all_ranks = True
             raise error
-        self.skipped += 1
-        self.report.note(f"warning: {what} ({self.skipped} of at most {self.spec.max_skipped} such steps)")
+        account.skipped += 1
+        self.report.note(f"warning: {what} ({account.skipped} of at most {self.spec.max_skipped} such steps)")
         self.stepper.skip()
 
-    def is_row_due(self, step: int) -> bool:
-        return step in (1, self.spec.steps) or step % self.spec.log_every == 0 or self.is_score_due(step)
-
-    def is_score_due(self, step: int) -> bool:
-        every = self.plan.run.eval.every_steps
-        return every is not None and step % every == 0
-
     def log_if_due(self) -> None:
-        if not self.is_row_due(self.step):
-            return
-        self.log(self.score() if self.is_score_due(self.step) else {})
+        if self.account.is_row_due(self.step):
+            self.account.row(self.step, self.score() if self.account.is_score_due(self.step) else {})
+
+    def score(self, *, keep: bool = True) -> dict[str, float]:
+        return self.account.score(self.model, self.step, keep=keep)
 
     def is_save_due(self) -> bool:
         every = self.spec.checkpoint_every
@@ -370,58 +317,6 @@ class _Trainer:
     def save_if_due(self) -> None:
         if self.is_save_due():
             self.save()
-
-    def score(self, *, keep: bool = True) -> dict[str, float]:
-        """Scores on held-out data, and samples of text, logged if they are to be kept."""
-        start = time.perf_counter()
-        scores = corpus_scores(self.model, self.corpus, self.plan, self.ranks)
-        for prompt, text in samples(self.model, self.corpus, self.plan, self.ranks):
-            if keep:
-                self.logs.sample(self.step, prompt, text)
-            self.report.sample(self.step, prompt, text)
-        self.not_training += time.perf_counter() - start
-        return scores
-
-    def log(self, scores: dict[str, float]) -> None:
-        """A row of metrics for the steps since the one before."""
-        self.last = {"step": self.step, "tokens": self.tokens}
-        if self.losses:
-            self.last |= {"loss": sum(self.losses) / len(self.losses)}
-        if math.isfinite(self.norm):
-            self.last |= {"grad_norm": self.norm}
-        names = {"dense": "learning_rate", "values": "value_learning_rate"}
-        self.last |= {names[group]: rate for group, rate in self.rates.items()}
-        self.last |= {"skipped": self.skipped} if self.skipped else {}
-        figures = scores | self.telemetry.figures() | self.update_figures
-        self.last |= {name: value for name, value in figures.items() if math.isfinite(value)}
-        if strange := [name for name, value in figures.items() if not math.isfinite(value)]:
-            self.report.note(f"warning: step {self.step}: not finite and not logged: {', '.join(strange)}")
-        speed = self.speed()
-        self.logs.row(self.last, speed)
-        self.losses, self.update_figures = [], {}
-        self.logged, self.not_training, self.waiting = time.perf_counter(), 0.0, 0.0
-        self.report.row(self.last, speed, self.spec.steps)
-
-    def speed(self) -> dict[str, Any]:
-        """How fast the steps since the last row were, if this process made any; scoring and saving are not training."""
-        now = time.perf_counter()
-        seconds = max(now - self.logged - self.not_training, 1e-9)
-        steps = self.step - self._logged_step
-        if not steps:
-            return {}
-        self._logged_step = self.step
-        self.training_seconds += seconds
-        row = {
-            "step": self.step,
-            "seconds": round(now - self.started, 3),
-            "training_seconds": round(self.training_seconds, 3),
-            "tokens_per_second": round(steps * self.spec.batch_size * self.spec.seq_len / seconds, 1),
-            "waiting_for_data": round(self.waiting / seconds, 4),
-            **self.use.shares(steps, seconds),
-        }
-        row |= {"started": True} if self.is_first_row else {}
-        self.is_first_row = False
-        return row
 
     def save_all(self) -> None:
         """Until the state is on the disk."""
@@ -435,67 +330,18 @@ class _Trainer:
         A run that may go on has no row between two that it would have had anyway: what is pending is in the checkpoint.
         """
         self.save_all()
+        account = self.account
         try:
-            if ended == "done" and self.last.get("step") != self.step:
-                self.log(self.score())
+            if ended == "done" and account.last.get("step") != self.step:
+                account.row(self.step, self.score())
             elif ended == "budget":
-                self.last |= {"step": self.step, "tokens": self.tokens, **self.score(keep=False)}
+                account.last |= {"step": self.step, "tokens": account.tokens(self.step), **self.score(keep=False)}
         finally:
-            self.write_summary(ended)
-        self.write_report()
-        record = self.summary(ended, files.checkpoints(self.run_dir)[-1]).model_dump(exclude_none=True)
+            account.write_summary(self.step, ended)
+        account.write_report()
+        record = account.summary(self.step, ended, files.checkpoints(self.run_dir)[-1]).model_dump(exclude_none=True)
         self.report.finish(record)
         return record
-
-    def write_summary(self, ended: Ending) -> None:
-        """Where there is a checkpoint to go with it."""
-        self.ranks.first(lambda: self._write_summary(ended))
-
-    def _write_summary(self, ended: Ending) -> None:
-        if found := files.checkpoints(self.run_dir):
-            write_summary(self.run_dir, self.summary(ended, found[-1]))
-
-    def write_report(self) -> None:
-        """A picture of a run that is safe on the disk: where it cannot be drawn, that is said and no more."""
-        if not self.ranks.is_first:
-            return
-        try:
-            with storage_errors(self.run_dir):
-                (self.run_dir / REPORT).write_text(run_page(self.run_dir), encoding="utf-8")
-        except Exception as error:  # noqa: BLE001  whatever is wrong with a picture
-            self.report.note(f"warning: no {REPORT}: {error}")
-
-    def summary(self, ended: Ending, checkpoint: Path) -> Summary:
-        cost, data = self.cost, self.corpus.description
-        epochs = self.corpus.epochs(self.step * self.spec.batch_size, self.spec.seq_len + 1)
-        only = epochs.get("")
-        exposures = None if only is None or "facts" not in data else only * data["sentences"] / data["facts"]  # type: ignore[operator]
-        return Summary(
-            name=self.plan.name,
-            model_hash=self.plan.model.model_hash,
-            steps=self.step,
-            epochs=max(epochs.values()),
-            exposures_per_fact=exposures,
-            params=cost["params"]["total"],
-            active_params=cost["params"]["active"],
-            flops_per_token=cost["flops_per_token"]["total"],
-            data=data,
-            baselines=self.corpus.baselines,
-            final=self.last,
-            training_seconds=round(self.training_seconds, 3),
-            checkpoint=checkpoint.name,
-            ended=ended,
-            caveats=list(self.plan.model.caveats()),
-        )
-
-
-def _seconds_so_far(run_dir: Path) -> float:
-    """Seconds of training in earlier processes; 0 where that cannot be read, since nothing depends on it."""
-    try:
-        rows = (run_dir / SPEED).read_text(encoding="utf-8").splitlines()
-        return float(json.loads(rows[-1])["training_seconds"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return 0.0
 
 
 def _wait_quietly(saver: Saver) -> None:

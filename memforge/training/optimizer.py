@@ -49,6 +49,7 @@ class Stepper:
         self.forward: Callable[..., Any] = model.forward_taped if self.ranks.size == 1 else model.forward_with
         self.on_read: Callable[[ReadSite, Record], None] | None = None
         self._sites: dict[int, Sites] = {}
+        self._paths = {parameter: path for path, parameter in model.named_parameters()}
         model.checkpoint_layers, model.dropout = train.activation_checkpointing, train.dropout
         self.tables = self._row_tables()
         by_rows = self.tables.tables.keys() if self.tables else ()
@@ -143,7 +144,7 @@ class Stepper:
             if pool.grad is not None:
                 pool.grad = self.ranks.total_of_copies(pool.grad)
 
-    def update(self, norm: Tensor, shares: Mapping[str, float]) -> None:
+    def update(self, norm: Tensor | float, shares: Mapping[str, float]) -> None:
         """The update, at these shares of the peak rates, with gradients of this norm clipped."""
         limit = self.train.clip_norm
         scale = 1.0 if limit == "none" else min(1.0, limit / (float(norm) + 1e-6))
@@ -151,7 +152,8 @@ class Stepper:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * shares[group["name"]]
         if scale < 1:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], scale)
+            grads = [self.ranks.local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, scale)
         self.dense.step()
         # Now, not before the next backward pass: gradients need not live beside the activations of a forward pass.
         self.dense.zero_grad(set_to_none=True)
@@ -182,17 +184,15 @@ class Stepper:
             if isinstance(value, Tensor):
                 value = self.ranks.as_part_of(self.model.get_parameter(path), value)
             by_path.setdefault(path, {})[name] = value
-        paths = {parameter: path for path, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
             given = optimizer.state_dict()
-            members = [paths[p] for group in optimizer.param_groups for p in group["params"]]
+            members = [self._paths[p] for group in optimizer.param_groups for p in group["params"]]
             given["state"] = {idx: by_path[path] for idx, path in enumerate(members) if path in by_path}
             optimizer.load_state_dict(given)
 
     def _kept(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        paths = {parameter: path for path, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
-            yield from ((paths[parameter], kept) for parameter, kept in optimizer.state.items())
+            yield from ((self._paths[parameter], kept) for parameter, kept in optimizer.state.items())
 
     def _row_tables(self) -> RowTables | None:
         """None where no value table is updated by rows."""

@@ -62,6 +62,9 @@ class Ranks:
         self.connect(model, plan)
         return model
 
+    def rest(self, model: Decoder) -> None:
+        """Have a model that was scored give back what it has gathered: only a backward pass would do that."""
+
     def local(self, tensor: Tensor) -> Tensor:
         """This rank's part of a parameter, a gradient or a moment."""
         return tensor
@@ -86,8 +89,8 @@ class Ranks:
         """Inside, every rank reads pools for so many tokens."""
         return nullcontext()
 
-    def of_all_copies(self, read: Read, num_slots: int, tokens: Sequence[int]) -> Read:
-        """A read together with those that ranks with the same part of the pools have made for the others' tokens."""
+    def of_all_copies(self, table: Tensor, read: Read, tokens: Sequence[int]) -> Read:
+        """A read together with those that ranks with the same part of the table have made for the others' tokens."""
         return read
 
     def gather(self, value: T) -> list[T]:
@@ -156,7 +159,7 @@ def ranks_of(parallel: ParallelSpec, device: str) -> Iterator[Ranks]:
     # A run of one rank does not wait for what it does not use.
     from memforge.training.distributed import joined
 
-    with joined(mesh, device, local_rank, parallel.timeout_minutes) as ranks:
+    with joined(mesh, device, local_rank, parallel.timeout_minutes, parallel.pools) as ranks:
         yield ranks
 
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from memforge.cost.memory import step_memory
+from memforge.cost.rank_memory import RankStep
 from memforge.errors import StorageError, UsageError
 from memforge.machine import require_memory
 from memforge.plan import Plan, TrainPlan
@@ -119,13 +120,19 @@ def checked(plan: Plan) -> TrainPlan:
 
 def require_memory_for(plan: Plan, run: TrainPlan, device: str, ranks: Ranks = ALONE) -> None:
     """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
-    if ranks.size > 1:
-        return
     memory = step_memory(plan.model, run.micro_batch_size, run.seq_len, dense_values=plan.run.dense_values)
     state = memory.weights + memory.gradients + memory.optimizer
     copy = memory.checkpoint if run.async_checkpoints and device == "cpu" else 0
+    peak = memory.peak_checkpointed if run.activation_checkpointing else memory.peak
+    if ranks.size > 1:
+        most = max(map(max, ranks.split(run.batch_size, run.micro_batch_size)))
+        pools, dense_values = plan.run.parallel.pools, plan.run.dense_values
+        step = RankStep(plan.model, ranks.mesh, most, run.seq_len, pools=pools, dense_values=dense_values).memory()
+        peak = step.peak_checkpointed if run.activation_checkpointing else step.peak
+        if device == "cpu":  # ranks share the memory of their machine
+            peak *= ranks.size // ranks.machines
     require_memory(
-        copy + (memory.peak_checkpointed if run.activation_checkpointing else memory.peak),
+        copy + peak,
         f"{plan.name}: a training step ({state / 1e9:,.1f} GB of weights, gradients and optimizer state)",
         available=torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else None,
         device=device,

@@ -1,17 +1,20 @@
 """What the files of a checkpoint hold: tensors that each rank has written its part of, read in any other parts."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from memforge.pieces import Piece
-from memforge.plan import ModelPlan
+from memforge.plan import ModelPlan, ParamRow
 from memforge.storage import storage_errors
 from memforge.training.ranks import Ranks
+
+# The moment that has a number for each row of a table, and not for each element.
+COUNTER = "last"
 
 # As a manifest has it: dimension, start, length and step of the part, and the size of the whole along the dimension.
 Cut = list[int]
@@ -23,23 +26,38 @@ def own_parts(tensors: Mapping[str, Tensor], plan: ModelPlan, ranks: Ranks) -> t
     found, cuts = dict[str, Tensor](), dict[str, Cut]()
     for name, tensor in tensors.items():
         row = rows.get(name) or rows[name.rpartition(".")[0]]
-        local, piece = ranks.local(tensor.detach()), ranks.piece(row)
-        if piece is None or local.shape != piece.shape(row.shape):  # a moment that all ranks have, a count of steps
+        whole = _shape(name, row)
+        local, piece = ranks.local(tensor.detach()), _piece(whole, row, ranks)
+        if piece is None or local.shape != piece.shape(whole):  # a moment that all ranks have, a count of steps
             if ranks.is_first:
                 found[name] = local
         elif ranks.writes(row):
             found[name] = local
-            cuts[name] = [piece.dim, piece.start, piece.length, piece.step, row.shape[piece.dim]]
+            cuts[name] = [piece.dim, piece.start, piece.length, piece.step, whole[piece.dim]]
     return found, cuts
 
 
+def _shape(name: str, row: ParamRow) -> tuple[int, ...]:
+    """That of a parameter, or of a moment of it if this is one that ranks share out as they do the parameter.
+
+    A history of the steps of a table is not: that it may be as long as the table has rows, tells nothing.
+    """
+    return row.shape[:1] if name == f"{row.path}.{COUNTER}" else row.shape
+
+
+def _piece(whole: tuple[int, ...], row: ParamRow, ranks: Ranks) -> Piece | None:
+    """What a rank has of it; a number for each row is that of all columns."""
+    piece = ranks.piece(row)
+    return piece if piece is not None and piece.dim < len(whole) else None
+
+
 def part_of(whole: Tensor, piece: Piece | None) -> Tensor:
-    """The part of a tensor that a piece names."""
-    if piece is None:
-        return whole
-    if piece.step == 1:
-        return whole.narrow(piece.dim, piece.start, piece.length)
-    return whole.index_select(piece.dim, torch.tensor(piece.indices, device=whole.device))
+    """The part of a tensor that a piece names, a view of it."""
+    return whole if piece is None else whole[_index(piece.dim, piece.start, piece.length, piece.step)]
+
+
+def _index(dim: int, start: int, length: int, step: int) -> tuple[slice, ...]:
+    return (*[slice(None)] * dim, slice(start, start + length * step, step))
 
 
 class Stored:
@@ -80,9 +98,8 @@ class Stored:
             assert cut is not None
             stored = Piece(*cut[:4])
             with storage_errors(path), safe_open(path, framework="pt") as opened:
-                found = _overlap(opened, name, stored, wanted)
-            if found is not None:
-                out.index_copy_(stored.dim, *found)
+                there, found = _overlap(stored, wanted)
+                part_of(out, there).copy_(_cut(opened, name, found))
         return out
 
 
@@ -92,37 +109,34 @@ def own_tensors(stored: Stored, plan: ModelPlan, ranks: Ranks) -> dict[str, Tens
     found = {}
     for name in stored:
         row = rows.get(name) or rows.get(name.rpartition(".")[0])
-        has_parts = row is not None and stored.shape(name) == row.shape
-        found[name] = stored.read(name, ranks.piece(row) if has_parts else None)  # type: ignore[arg-type]
+        has_parts = row is not None and stored.shape(name) == _shape(name, row)
+        found[name] = stored.read(name, _piece(stored.shape(name), row, ranks) if has_parts else None)
     return found
 
 
-def _overlap(opened: safe_open, name: str, stored: Piece, wanted: Piece | None) -> tuple[Tensor, Tensor] | None:
-    """What a stored part has of the wanted one, and where that goes along the dimension it is cut; None: nothing."""
+def _overlap(stored: Piece, wanted: Piece | None) -> tuple[Piece, Piece]:
+    """Where a stored part goes in the wanted one, and what of it goes there."""
+    all_of_it = Piece(stored.dim, stored.start, stored.length, stored.step)
     if wanted is None:
-        return torch.tensor(stored.indices), opened.get_tensor(name)
+        return all_of_it, Piece(stored.dim, 0, stored.length)
     if wanted.dim != stored.dim:
-        return torch.tensor(stored.indices), _cut(opened, name, wanted)
-    if stored.step == wanted.step == 1:
-        start = max(stored.start, wanted.start)
-        length = min(stored.start + stored.length, wanted.start + wanted.length) - start
-        if length <= 0:
-            return None
-        where = torch.arange(start - wanted.start, start - wanted.start + length)
-        return where, _cut(opened, name, Piece(stored.dim, start - stored.start, length))
-    both = [idx for idx in stored.indices if idx in wanted.indices]
-    if not both:
-        return None
-    here = torch.tensor([stored.indices.index(idx) for idx in both])
-    there = torch.tensor([wanted.indices.index(idx) for idx in both])
-    return there, opened.get_tensor(name).index_select(stored.dim, here)
+        return all_of_it, wanted
+    # Indices that both have are a progression too: those from the first on by the least common multiple of the steps.
+    step = math.lcm(stored.step, wanted.step)
+    low, high = max(stored.start, wanted.start), min(stored.indices.stop, wanted.indices.stop)
+    candidates = range(low + (stored.start - low) % stored.step, high, stored.step)[: step // stored.step]
+    first = next((idx for idx in candidates if idx in wanted.indices), high)
+    length = len(range(first, high, step))
+
+    def of(piece: Piece) -> Piece:
+        return Piece(piece.dim, (first - piece.start) // piece.step if length else 0, length, step // piece.step)
+
+    return of(wanted), of(stored)
 
 
 def _cut(opened: safe_open, name: str, piece: Piece) -> Tensor:
     """Only what is asked for is read."""
-    sliced = opened.get_slice(name)
-    if piece.step != 1 or not piece.length:
+    if not piece.length:
         return part_of(opened.get_tensor(name), piece)
-    index = [slice(None)] * len(sliced.get_shape())
-    index[piece.dim] = slice(piece.start, piece.start + piece.length)
-    return sliced[tuple(index)]  # type: ignore[no-any-return]
+    found: Tensor = opened.get_slice(name)[_index(piece.dim, piece.start, piece.length, piece.step)]
+    return found.contiguous() if piece.step > 1 else found

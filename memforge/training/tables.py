@@ -68,10 +68,10 @@ class RowTables:
         self,
         sites: Sites,
         records: Sequence[Sequence[Record]],
-        of_all_copies: Callable[[Read, int], Read] = lambda read, num_slots: read,
+        of_all_copies: Callable[[Tensor, Read], Read] = lambda table, read: read,
     ) -> None:
         """Hand the optimizer the gradients of all reads, after the backward pass; `of_all_copies` adds the reads that
-        other ranks have made of the same columns.
+        other ranks have made of the same part of a table.
 
         Raises ValueError for a table that is read both through a tape and by autograd.
         """
@@ -79,7 +79,7 @@ class RowTables:
             for site, record in zip(layer, made, strict=True):
                 if (read := record.read()) is not None:
                     table = self.tables[site.table]
-                    self.optimizer.add(table, of_all_copies(read, len(table)))
+                    self.optimizer.add(table, of_all_copies(table, read))
         for name, table in self.tables.items():
             if table.grad is not None:
                 raise ValueError(f"{name} is read without the reader that its block was given")

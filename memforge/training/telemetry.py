@@ -135,7 +135,7 @@ def update_figures(
     moved: the norm of the change over that of the rows; lost: for tables in 16 bits, the share of elements that a
     rounding left as they were.
     """
-    sampled = {name: rows[:: max(1, len(rows) // SAMPLED_ROWS)] for name, rows in touched.items() if len(rows)}
+    sampled = {name: rows[:: max(1, len(rows) // SAMPLED_ROWS)] for name, rows in touched.items()}
     before = {name: tables[name].detach()[rows] for name, rows in sampled.items()}
     update()
     found = {}
@@ -147,9 +147,10 @@ def update_figures(
             (new == old).double().sum(),
             torch.ones_like(old).sum(),
         )
-        # Of several ranks each has some of the columns.
+        # Of several ranks each has some of the columns, or some of the rows, of which it may have read none.
         moved, size, same, numbers = ranks.total_of_group(torch.stack(parts)).tolist()
-        found[f"{name}.moved"] = math.sqrt(moved / max(size, 1e-300))
-        if tables[name].dtype in (torch.bfloat16, torch.float16):
+        if numbers:
+            found[f"{name}.moved"] = math.sqrt(moved / max(size, 1e-300))
+        if numbers and tables[name].dtype in (torch.bfloat16, torch.float16):
             found[f"{name}.lost"] = same / numbers
     return found

@@ -48,7 +48,7 @@ def sorted_gradient(reads: Sequence[Read]) -> RowGradient:
     slots = _joined([read.slots.reshape(-1) for read in reads])
     weights = _joined([read.weights.reshape(-1).to(dtype) for read in reads])
     rows = _joined([read.rows.to(dtype) for read in reads]).contiguous()
-    by_slot, order = _stable_sort(slots)
+    by_slot, order = stable_sort(slots)
     # Not unique_consecutive, whose results keep the memory of one number for each entry.
     changes = (by_slot[1:] != by_slot[:-1]).nonzero().squeeze(1) + 1
     starts = torch.cat((changes.new_zeros(1), changes, changes.new_full((1,), len(by_slot))))
@@ -56,7 +56,7 @@ def sorted_gradient(reads: Sequence[Read]) -> RowGradient:
     return RowGradient(touched, starts, _rows_of_entries(reads, slots.device)[order], weights[order], rows)
 
 
-def _stable_sort(slots: Tensor) -> tuple[Tensor, Tensor]:
+def stable_sort(slots: Tensor) -> tuple[Tensor, Tensor]:
     """Slots ascending, and which entry each comes from: equal slots keep the order of their entries.
 
     On a CPU slot and entry are sorted as one number: no two are equal, so any sort is stable, and numpy's is fast.

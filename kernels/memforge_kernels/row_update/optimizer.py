@@ -17,7 +17,8 @@ class RowOptimizer(torch.optim.Optimizer):
     """What both optimizers share: they are given reads, not `.grad`, and all reads of a table make one update.
 
     Tables are parameters [m, v] that are read outside of autograd. Readers and micro-batches alike call `add`; a step
-    uses up what was added. Tables that were not read are left alone.
+    uses up what was added. Tables that were not read are left alone; a read of no rows is a step of its table all the
+    same: where rows are shared out among ranks, others have read some.
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -33,9 +34,9 @@ class RowOptimizer(torch.optim.Optimizer):
         if read.weights.shape != (n, k) or read.rows.shape != (n, table.shape[1]):
             shapes = f"{list(read.slots.shape)}, {list(read.weights.shape)} and {list(read.rows.shape)}"
             raise ValueError(f"slots, weights and rows {shapes} do not fit a table {list(table.shape)}")
+        reads = self._reads.setdefault(table, [])
         if n * k == 0:
             return
-        reads = self._reads.setdefault(table, [])
         reads.append(read)
         self._gradients.pop(table, None)
         if len(reads) > 1 and sum(r.bytes for r in reads) > self._summed_bytes(table, reads):
@@ -61,14 +62,14 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def touched(self, table: Tensor) -> Tensor:
         """The rows [u] of a table that were read since the last step, ascending."""
-        if table not in self._reads:
+        if not self._reads.get(table):
             return torch.empty(0, dtype=torch.int64, device=table.device)
         return self._gradient(table).touched
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
         """The square of the norm of all gradients, rows summed over their reads, a scalar in fp64."""
-        norms = [squared_norm(self._gradient(table)) for table in self._reads]
+        norms = [squared_norm(self._gradient(table)) for table, reads in self._reads.items() if reads]
         return torch.stack(norms).sum() if norms else torch.zeros((), dtype=torch.float64)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -81,10 +82,10 @@ class RowOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for table in group["params"]:
                 if table in self._reads:
-                    self._update(table, group, self._gradient(table), scale)
+                    self._update(table, group, self._gradient(table) if self._reads[table] else None, scale)
         self.zero_grad()
 
-    def _update(self, table: Tensor, group: dict[str, Any], grad: RowGradient, scale: float) -> None:
+    def _update(self, table: Tensor, group: dict[str, Any], grad: RowGradient | None, scale: float) -> None:
         raise NotImplementedError
 
     def _state(self, table: Tensor, group: dict[str, Any]) -> dict[str, Any]:
@@ -130,9 +131,17 @@ class RowAdamW(RowOptimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "rule": rule, "rounding": rounding, "seed": seed})
 
-    def _update(self, table: Tensor, group: dict[str, Any], grad: RowGradient, scale: float) -> None:
+    def _update(self, table: Tensor, group: dict[str, Any], grad: RowGradient | None, scale: float) -> None:
         state, rule = self._state(table, group), group["rule"]
         schedule = Schedule(group["betas"], state["step"], state["missed"], state["shrunk"])
+        if grad is not None:
+            self._move(table, group, grad, schedule, scale)
+        schedule.advance(rule, group["lr"], group["weight_decay"])
+        state["step"], state["missed"], state["shrunk"] = schedule.step, schedule.missed, schedule.shrunk
+
+    def _move(self, table: Tensor, group: dict[str, Any], grad: RowGradient, schedule: Schedule, scale: float) -> None:
+        """Make the step that follows on the schedule."""
+        state, rule = self.state[table], group["rule"]
         last = state["last"][grad.touched] if "last" in state else None
         adamw_(
             table,
@@ -146,11 +155,8 @@ class RowAdamW(RowOptimizer):
             master=state.get("master"),
             seed=group["seed"] + state["step"],
         )
-        schedule.advance(rule, group["lr"], group["weight_decay"])
-        state["step"] = schedule.step
         if last is not None:
-            state["last"][grad.touched] = schedule.step if rule == "catch_up" else last + 1
-        state["missed"], state["shrunk"] = schedule.missed, schedule.shrunk
+            state["last"][grad.touched] = schedule.step + 1 if rule == "catch_up" else last + 1
 
     def _state(self, table: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = super()._state(table, group)
@@ -176,8 +182,9 @@ class RowSGD(RowOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "rounding": rounding, "seed": seed})
 
-    def _update(self, table: Tensor, group: dict[str, Any], grad: RowGradient, scale: float) -> None:
+    def _update(self, table: Tensor, group: dict[str, Any], grad: RowGradient | None, scale: float) -> None:
         state = self._state(table, group)
-        rates = {"lr": group["lr"], "weight_decay": group["weight_decay"], "scale": scale}
-        sgd_(table, grad, **rates, master=state.get("master"), seed=group["seed"] + state["step"])
+        if grad is not None:
+            rates = {"lr": group["lr"], "weight_decay": group["weight_decay"], "scale": scale}
+            sgd_(table, grad, **rates, master=state.get("master"), seed=group["seed"] + state["step"])
         state["step"] += 1

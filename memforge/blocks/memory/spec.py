@@ -12,6 +12,7 @@ from memforge.blocks.base import (
     Saved,
     Scratch,
     Site,
+    TableRead,
     linear,
     matmul_cost,
     normal,
@@ -94,6 +95,11 @@ class MemoryPlan(ProductKeyPlan):
             Saved("weights", reads),
             Saved("gradient of what was read", n * self.value_dim),
         )
+
+    def table_reads(self) -> tuple[TableRead, ...]:
+        """Without a gate and a projection the rows are the output of the block, which only adds them."""
+        kept = self.gate != "none" or self.has_value_proj
+        return (TableRead("weighted_gather", "values", self.num_heads * self.top_k, kept=kept),)
 
 
 KIND = Kind(

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from memforge.blocks.base import Kind, OpCost, Param, Saved, Scratch, Site, rows_cost
+from memforge.blocks.base import Kind, OpCost, Param, Saved, Scratch, Site, TableRead, rows_cost
 from memforge.blocks.experts.spec import ExpertsSpec
 from memforge.blocks.product_keys.spec import ProductKeyPlan, ProductKeyPoolSpec, ProductKeySpec
 
@@ -57,6 +57,13 @@ class PeerPlan(ProductKeyPlan):
         neurons = tuple(Saved(what, reads) for what in ("weighted", "gradient of the neurons"))
         vectors = tuple(Saved(what, n * self.dim) for what in ("input", "gradient of what was read"))
         return Saved("slots", reads, "int64"), *neurons, *vectors
+
+    def table_reads(self) -> tuple[TableRead, ...]:
+        reads = self.num_heads * self.top_k
+        return (
+            TableRead("gather_dot", "down", reads),
+            TableRead("weighted_gather", "up", reads, same_slots=True, kept=False),
+        )
 
 
 KIND = Kind(

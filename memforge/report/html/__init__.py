@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from memforge.report.cost import conventions, milliseconds, ranges, si
+from memforge.report.cost import conventions, holds_it, milliseconds, ranges, si
 from memforge.report.html import figures
 from memforge.report.html.curves import RunFigures
 from memforge.report.run import Run, read_run, run_record
@@ -47,6 +47,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"si": si, "ranges": ranges, "milliseconds": milliseconds, "number": lambda n: f"{n:,}"}
+    environment.filters |= {
+        "si": si,
+        "ranges": ranges,
+        "milliseconds": milliseconds,
+        "holds_it": holds_it,
+        "number": lambda n: f"{n:,}",
+    }
     environment.globals["gauge"] = figures.gauge
     return environment

@@ -1,0 +1,58 @@
+"""What else a step can be, on several ranks and on one: without sequences, run again, dropped out, not finite."""
+
+import math
+from pathlib import Path
+
+import torch
+from made_ranks import on_ranks
+from test_ranks import Case, planned, require_equal, windows
+
+from memforge.mesh import Mesh
+from memforge.plan import plan_from_json
+
+
+def test_ranks_without_sequences_and_layers_that_run_again(tmp_path: Path) -> None:
+    """Two sequences on four ranks; pass by pass, of which the second has one sequence; pools updated as a whole."""
+    two = planned(tmp_path, "train.batch_size=2", "train.value_update=catch_up")
+    again = planned(tmp_path, "train.micro_batch_size=1", "train.activation_checkpointing=true")
+    whole = planned(tmp_path, "train.value_update=dense", "model.tie_embeddings=true")
+    meshes = [Mesh(4, 1, 1), Mesh(1, 2, 2), Mesh(1, 1, 4)]
+    require_equal(*(Case(plan, meshes, "columns", steps=4) for plan in (two, again, whole)))
+
+
+def test_dropout_and_plain_descent_on_two_ranks(tmp_path: Path) -> None:
+    """Two ranks draw what one does in two passes; and pools by gradient descent, without clipping."""
+    dropped = planned(tmp_path, "train.dropout=0.3", "train.batch_size=4", "train.micro_batch_size=2")
+    sgd = planned(tmp_path, "train.value_optimizer=sgd", "train.clip_norm=none")
+    meshes = [Mesh(2, 1, 1), Mesh(1, 2, 1), Mesh(1, 1, 2)]
+    require_equal(*(Case(plan, meshes, "columns", steps=4) for plan in (dropped, sgd)))
+
+
+def poisoned(plan_json: str, axes: list[int]) -> list[bool]:
+    """Whether loss and norm are finite, on a rank, when the last rank alone has a NaN in its last layer."""
+    import torch.distributed as dist
+
+    from memforge.training.distributed import ProcessRanks
+    from memforge.training.optimizer import Stepper
+
+    dist.init_process_group("gloo")
+    plan = plan_from_json(plan_json, "the test")
+    run = plan.run.train
+    assert run is not None
+    ranks = ProcessRanks(Mesh(*axes), "cpu")
+    model = ranks.build(plan.model, seed=3).train()
+    if ranks.rank == ranks.size - 1:
+        model.layers[-1].register_forward_hook(lambda module, args, out: (out[0] * math.nan, *out[1:]))
+    stepper = Stepper(model, plan.model, run, ranks=ranks)
+    parts = [sum(passes) for passes in ranks.split(run.batch_size, run.micro_batch_size)]
+    first = sum(parts[: ranks.rank])
+    found = stepper.backward(windows(plan, 0)[first : first + parts[ranks.rank]])
+    dist.destroy_process_group()
+    return [bool(torch.isfinite(found.loss)), bool(torch.isfinite(found.norm))]
+
+
+def test_a_number_that_is_none_on_one_rank_is_seen_by_all(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    for mesh in (Mesh(2, 1, 1), Mesh(1, 1, 2)):
+        axes = [mesh.dp_replicate, mesh.dp_shard, mesh.memory]
+        assert on_ranks(2, "test_ranks_variants:poisoned", plan.to_json(), axes) == [[False, False]] * 2
