@@ -194,6 +194,11 @@ def require_equal(*cases: Case) -> None:
                         assert error <= (1e-10 if exact else case.single), (mesh, kind, error)
 
 
-@pytest.mark.parametrize("world", MESHES)
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_every_mesh_trains_as_one_rank_does(tmp_path: Path, world: int) -> None:
     require_equal(Case(planned(tmp_path), MESHES[world], "columns"))
+
+
+def test_meshes_of_four_and_three_make_the_first_steps_as_one_rank_does(tmp_path: Path) -> None:
+    for world in (3, 4):
+        require_equal(Case(planned(tmp_path), MESHES[world], "columns", steps=3))

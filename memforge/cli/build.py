@@ -50,7 +50,8 @@ def build(
     ranks = None if mesh is None else parse_mesh(mesh)
     loaded = load(spec, set_, spec_root)
     plan = make_plan(loaded)
-    cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=ranks, dense_values=plan.run.dense_values).as_dict()
+    given = {"pools": plan.run.parallel.pools, "dense_values": plan.run.dense_values}
+    cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=ranks, **given).as_dict()
     parity = claimed(plan)
     if plan.parity is not None and not no_parity:
         parity = with_fix(parity, loaded, plan.parity.baseline, Given(spec, set_, spec_root))

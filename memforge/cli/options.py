@@ -45,7 +45,7 @@ Device = Annotated[
 
 MeshOption = Annotated[
     str | None,
-    typer.Option("--mesh", metavar="AXIS=N,..", help="What a rank holds; axes dp_replicate, dp_shard, memory."),
+    typer.Option("--mesh", metavar="AXIS=N,..", help="Ranks, by the axes dp_replicate, dp_shard, memory."),
 ]
 NoParity = Annotated[bool, typer.Option("--no-parity", help="Go on although the [parity] claim fails.")]
 

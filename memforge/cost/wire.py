@@ -208,7 +208,7 @@ class StepOnWire:
                 yield from way.backward()
 
     def _to_copies(self, idx: int) -> Iterator[Collective]:
-        """The reads of one pass, each with its factors of the gradient, to the ranks that have the same rows."""
+        """The reads of one pass, each with its factors of the gradient, to the ranks that have the same part."""
         size, ranks = self.mesh.memory, self.mesh.ranks
         most = max(sum(self._tokens(range(first, first + size), idx)) for first in range(0, ranks, size))
         for _, block in self._blocks:

@@ -68,7 +68,8 @@ def write_build(
     if aten is not None:
         require_room(plan.model)
     counted = require_exact(plan.model)
-    cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=mesh, dense_values=plan.run.dense_values)
+    given = {"pools": plan.run.parallel.pools, "dense_values": plan.run.dense_values}
+    cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=mesh, **given)
     parity, kernels = claimed(plan), kernel_configs(plan, targets)
     program = export_graph(plan.model)
     with replaced_directory(out) as directory:
