@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from memforge.nn.decoder import Decoder
+from memforge.nn.decoder import Decoder, Layer
 from memforge.plan import TrainPlan
 
 # Compiling the demo models takes about 25 s on two cores; a run this short never earns it back.
@@ -64,5 +64,12 @@ def compiled(model: Decoder, run: TrainPlan, note: Callable[[str], None], *, ran
         return torch.compile(model.forward_taped, fullgraph=True, dynamic=False)
     for layer in model.layers:
         if not layer.readers:
-            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+            layer.forward = _compiled_in_training(layer)
     return eager
+
+
+def _compiled_in_training(layer: Layer) -> Callable[..., Any]:
+    """The layer's forward pass: compiled for the one shape of training, eager for those of evaluation."""
+    eager = layer.forward
+    fast = torch.compile(eager, fullgraph=True, dynamic=False)
+    return lambda *given: (fast if layer.training else eager)(*given)
