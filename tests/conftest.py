@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import server
 
 # Threads that spin while they wait take the cores of the tests beside this one. Before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -104,11 +105,13 @@ def write(path: Path, text: str) -> Path:
 def memforge(
     *args: object, cwd: Path | None = None, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
+    """Run the command line in a process of its own; with an environment of its own, in a new interpreter."""
+    if not env:
+        return server().run([str(arg) for arg in args], cwd, timeout)
     return subprocess.run(
         [sys.executable, "-m", "memforge", *map(str, args)],
         cwd=cwd,
-        env={**os.environ, **env},
+        env=os.environ | env,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  training loads it
+
 from memforge.errors import MemforgeError
 from memforge.plan import read_plan
 from memforge.training import Reporter, train

@@ -34,6 +34,7 @@ def main(world: int, function: str, arguments: Sequence[Any]) -> int:
     sys.path.insert(0, str(HERE))
     module, _, name = function.partition(":")
     # All that ranks need; torch starts no thread before it computes.
+    __import__("torch._dynamo")
     __import__("memforge.training.distributed")
     found = getattr(__import__(module), name)
     with socket.socket() as probe:

@@ -71,9 +71,9 @@ def killed_run_equals(tmp_path: Path, kills: int, seed: int, *overrides: str) ->
 
 
 @pytest.mark.parametrize("in_background", ["false", "true"])
-def test_ten_kills_change_nothing(tmp_path: Path, in_background: str) -> None:
-    """Twice ten kills at random moments, with checkpoints written in line and beside the training."""
-    killed_run_equals(tmp_path, 10, 1, "train.steps=260", f"train.async_checkpoints={in_background}")
+def test_kills_change_nothing(tmp_path: Path, in_background: str) -> None:
+    """Twice five kills at random moments, with checkpoints written in line and beside the training."""
+    killed_run_equals(tmp_path, 5, 1, "train.steps=150", f"train.async_checkpoints={in_background}")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from memforge.plan import TrainPlan
 
 # Compiling the demo models takes about 25 s on two cores; a run this short never earns it back.
 MIN_STEPS_TO_COMPILE = 100
+# One graph or an error, for one shape; without trying out on the device which code is faster.
+COMPILED: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": {"deterministic": True}}
 
 
 def precision_of(train: TrainPlan, device: str, note: Callable[[str], None]) -> torch.dtype | None:
@@ -31,15 +34,15 @@ def deterministic() -> Iterator[None]:
 
     On a GPU it is asked for as well, as far as torch's ops can (a warning names those that cannot); not measured there.
     """
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms is that, and 2 s of loading the compiler
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
@@ -61,15 +64,21 @@ def compiled(model: Decoder, run: TrainPlan, note: Callable[[str], None], *, ran
         return eager
     note("compiling with torch.compile; the first step takes a while")
     if ranks == 1:
-        return torch.compile(model.forward_taped, fullgraph=True, dynamic=False)
+        return torch.compile(model.forward_taped, **COMPILED)
     for layer in model.layers:
         if not layer.readers:
             layer.forward = _compiled_in_training(layer)
     return eager
 
 
+def compiler_error() -> tuple[type[Exception], ...]:
+    """What torch.compile raises where it fails; nothing where no code of its was loaded, which takes over a second."""
+    loaded = sys.modules.get("torch._dynamo.exc")
+    return () if loaded is None else (loaded.TorchDynamoException,)
+
+
 def _compiled_in_training(layer: Layer) -> Callable[..., Any]:
     """The layer's forward pass: compiled for the one shape of training, eager for those of evaluation."""
     eager = layer.forward
-    fast = torch.compile(eager, fullgraph=True, dynamic=False)
+    fast = torch.compile(eager, **COMPILED)
     return lambda *given: (fast if layer.training else eager)(*given)

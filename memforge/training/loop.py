@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from memforge.errors import DeviceError, InterruptedRunError, NonFiniteError, Stopped, StorageError
 from memforge.machine import keep_memory
@@ -19,7 +18,7 @@ from memforge.training import resume as resuming
 from memforge.training.account import Account, Ending, Reporter
 from memforge.training.checkpoint import Manifest, RunIdentity, Saver, Snapshot
 from memforge.training.data import Corpus, Prefetch, load_corpus
-from memforge.training.execution import compiled, deterministic, precision_of
+from memforge.training.execution import compiled, compiler_error, deterministic, precision_of
 from memforge.training.logs import Logs, NoLogs
 from memforge.training.optimizer import Gradients, Stepper
 from memforge.training.ranks import Ranks, ranks_of
@@ -264,7 +263,7 @@ class _Trainer:
         """Those of a batch. The first compiles the model; where that fails, `auto` goes on without."""
         try:
             return self.stepper.backward(window, step=self.step)
-        except TorchDynamoException as error:
+        except compiler_error() as error:
             reason = str(error).split("\n")[0]
             if self.spec.compile == "on":
                 raise DeviceError(f'train.compile = "on": {reason}') from None
