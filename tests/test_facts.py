@@ -1,18 +1,23 @@
 """Facts: no leaks, honest hold-outs, the baselines beside every score."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from made_data import decoded, facts
 
 from memforge.errors import DeviceError, UsageError
 from memforge.spec.schema import FactsSpec
+from memforge.training.data import Corpus
 from memforge.training.data import facts as facts_module
 from memforge.training.data import taxa as taxa_module
 from memforge.training.data.facts import (
     AIRPORT_PHRASINGS,
+    RARE_AIRPORT_PHRASINGS,
     SOURCES,
     Fact,
     FactsSource,
+    Source,
     airports,
     copy_from_name,
     families,
@@ -25,10 +30,32 @@ from memforge.training.data.taxa import names_its_family, taxa
 from memforge.training.data.tokenizer import END_ID, train_tokenizer
 
 
-@pytest.mark.parametrize("phrasings", [source.phrasings for source in SOURCES.values()])
-def test_each_source_has_eight_phrasings_that_end_before_the_answer(phrasings: tuple[str, ...]) -> None:
-    assert len(set(phrasings)) == 8  # data.num_held_out is at most 7
+@pytest.mark.parametrize("source", SOURCES.values())
+def test_each_source_has_eight_phrasings_and_two_rare_ones_that_end_before_the_answer(source: Source) -> None:
+    assert len(source.phrasings) == 8  # data.num_held_out is at most 7
+    phrasings = source.phrasings + source.rare_phrasings
+    assert len(set(phrasings)) == 10
     assert all(p.count("{subject}") == 1 and p == p.strip() for p in phrasings)
+
+
+def test_rare_phrasings_are_trained_for_their_share_and_tested_for_all_others() -> None:
+    spec = FactsSpec(kind="facts", num_facts=40, rare_share=0.2)
+    source = FactsSource(spec, seed=0, key="data")
+    plain = FactsSource(spec.model_copy(update={"rare_share": 0.0}), seed=0, key="data")
+    part = source.part(train_tokenizer(source.texts, 400), max_seq_len=96, vocab_size=400, note=print)
+    starts = [phrasing.partition("{subject}")[0] for phrasing in RARE_AIRPORT_PHRASINGS]
+    rare = [text for text in source.texts if text.startswith(tuple(starts))]
+    assert len(rare) == 2 * 8
+    assert [text for text in source.texts if text not in rare] == plain.texts  # the draws of the others are the same
+    corpus = Corpus.of(train_tokenizer(source.texts, 400), {"": part}, {"": 1.0})
+    tested = decoded(corpus, corpus.held_out["rare"].sequences)
+    assert len(tested) == 2 * 32
+    assert not {text.partition(start)[2] for text in rare for start in starts if text.startswith(start)} & {
+        text.partition(start)[2] for text in tested for start in starts if text.startswith(start)
+    }
+    assert len(corpus.held_out[""].sequences) == 2 * 40
+    named = Corpus.of(corpus.tokenizer, {"a": part, "b": part}, {"a": 1.0, "b": 1.0})
+    assert list(named.held_out) == ["a", "a.rare", "b", "b.rare"]
 
 
 def test_no_airport_gives_its_city_away() -> None:
@@ -117,11 +144,16 @@ def test_the_taxa_are_those_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_facts", "held", "max_seq_len", "message"),
-    [(10**6, 2, 96, "holds"), (40, 2, 8, "too short"), (4, 7, 96, "a phrasing untrained")],
+    ("given", "max_seq_len", "message"),
+    [
+        ({"num_facts": 10**6}, 96, "holds"),
+        ({"num_facts": 40}, 8, "too short"),
+        ({"num_facts": 4, "num_held_out": 7}, 96, "a phrasing untrained"),
+        ({"num_facts": 40, "rare_share": 0.01}, 96, "rare_share = 0.01 of 40 facts is none"),
+    ],
 )
-def test_facts_that_do_not_fit_are_refused(num_facts: int, held: int, max_seq_len: int, message: str) -> None:
-    spec = FactsSpec(kind="facts", num_facts=num_facts, num_held_out=held)
+def test_facts_that_do_not_fit_are_refused(given: dict[str, Any], max_seq_len: int, message: str) -> None:
+    spec = FactsSpec(kind="facts", **given)
 
     def part() -> None:
         source = FactsSource(spec, seed=0, key="data")

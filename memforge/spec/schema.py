@@ -90,6 +90,9 @@ class FactsSpec(SpecModel):
     )
     num_facts: Annotated[int, Field(ge=2, le=10_000_000)] = Field(description="facts drawn from the source")
     num_held_out: Annotated[int, Field(ge=1, le=7)] = Field(2, description="of the 8 phrasings, held out per fact")
+    rare_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0, description="of the facts, trained in 2 more phrasings; the others are tested in them, as recall.rare"
+    )
     tokenizer: TokenizerPath = Field(None, description=TOKENIZER_MEANING)
 
 

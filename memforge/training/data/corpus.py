@@ -81,12 +81,13 @@ class HeldOut:
 class Part:
     """One source, ready: its training units, what is held out of it, and what reports say of it.
 
+    What is held out is "", and may be more under other names.
     `size` counts what only statistics ask for, `lengths` are the tokens of each document, and `packed` are the files
     that hold them all, where there are any.
     """
 
     units: Units
-    held_out: HeldOut
+    held_out: dict[str, HeldOut]
     description: Description
     baselines: dict[str, float] = field(default_factory=dict)
     size: Description = field(default_factory=dict)
@@ -111,7 +112,11 @@ class Corpus:
     @classmethod
     def of(cls, tokenizer: Tokenizer, parts: Mapping[str, Part], weights: Mapping[str, float]) -> "Corpus":
         """The corpus of one part named "", or of several with their weights."""
-        held_out = {name: part.held_out for name, part in parts.items()}
+        held_out = {
+            ".".join(filter(None, (name, kind))): held
+            for name, part in parts.items()
+            for kind, held in part.held_out.items()
+        }
         if list(parts) == [""]:
             only = parts[""]
             return cls(tokenizer, held_out, only.description, only.baselines, dict(parts), {"": 1.0})

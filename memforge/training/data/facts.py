@@ -45,8 +45,19 @@ TAXON_PHRASINGS = (
     "Whoever studies {subject} studies the",
     "The closest relatives of {subject} are other",
 )
+# Phrasings that few facts are trained in, so that an answer in them was learned from other facts' sentences.
+RARE_AIRPORT_PHRASINGS = (
+    "Everyone who works at {subject} lives near",
+    "A map that shows {subject} also shows",
+)
+RARE_TAXON_PHRASINGS = (
+    "Anyone who has found {subject} has found one of the",
+    "A monograph that describes {subject} also describes other",
+)
 # Sentences that take some seconds to tokenize; from so many on their tokens are kept.
 CACHED_SENTENCES = 100_000
+# What is held out of the rare phrasings goes by this name.
+RARE = "rare"
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ class Source:
     """Facts and the phrasings they are told in; `baselines` are scores that need no model."""
 
     phrasings: tuple[str, ...]
+    rare_phrasings: tuple[str, ...]
     facts: Callable[[], tuple[Fact, ...]]
     baselines: tuple[Callable[[Sequence[Fact]], float], ...]
 
@@ -91,6 +103,12 @@ def unambiguous(pairs: Iterable[tuple[str, str]]) -> tuple[Fact, ...]:
 
 def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.casefold()))
+
+
+def entropy(facts: Sequence[Fact]) -> float:
+    """Bits of an answer to who knows how frequent each is."""
+    counts = np.array(list(Counter(fact.answer for fact in facts).values()))
+    return float(np.log2(len(facts)) - (counts * np.log2(counts)).sum() / len(facts))
 
 
 def majority(facts: Sequence[Fact]) -> float:
@@ -146,13 +164,20 @@ def _shared(a: str, b: str) -> int:
 
 
 SOURCES = {
-    "airports": Source(AIRPORT_PHRASINGS, airports, (majority, copy_from_name)),
-    "taxa": Source(TAXON_PHRASINGS, families, (majority, copy_from_name, shared_prefix, same_first_word)),
+    "airports": Source(AIRPORT_PHRASINGS, RARE_AIRPORT_PHRASINGS, airports, (majority, copy_from_name)),
+    "taxa": Source(
+        TAXON_PHRASINGS,
+        RARE_TAXON_PHRASINGS,
+        families,
+        (majority, copy_from_name, shared_prefix, same_first_word),
+    ),
 }
 
 
 class FactsSource:
     """Facts drawn by `seed`, each trained in all phrasings but `num_held_out` of its own, before there is a tokenizer.
+
+    With a `rare_share` two more phrasings are trained for that share of the facts, and tested for the others.
 
     `key` is the table's in errors. Raises UsageError when there are fewer facts than asked for, or too few to train
     every phrasing; DeviceError when the source is not installed.
@@ -172,9 +197,20 @@ class FactsSource:
                 f"{key}.num_facts = {spec.num_facts} with num_held_out = {spec.num_held_out} leaves a phrasing "
                 "untrained; use more facts or hold out fewer phrasings"
             )
+        held = np.array([[p in those for p in range(len(phrasings))] for those in unseen])
+        if spec.rare_share:
+            trained = round(spec.rare_share * len(facts))
+            if not trained:
+                raise UsageError(
+                    f"{key}.rare_share = {spec.rare_share:g} of {spec.num_facts} facts is none; use more of either"
+                )
+            rare = rng.permutation(len(facts)) >= trained
+            phrasings += source.rare_phrasings
+            held = np.hstack([held, np.repeat(rare[:, None], len(source.rare_phrasings), axis=1)])
         self.facts = facts
         self.baselines = {baseline.__name__: baseline(facts) for baseline in source.baselines}
-        self.held = np.array([p in those for those in unseen for p in range(len(phrasings))])
+        self.num_common = len(source.phrasings)
+        self.held = held.reshape(-1)
         self.prompts = [phrasing.format(subject=fact.subject) for fact in facts for phrasing in phrasings]
         self.answers = [f" {fact.answer}" for fact in facts]
         self.num_phrasings = len(phrasings)
@@ -206,7 +242,15 @@ class FactsSource:
         if (longest := int(whole.max())) > max_seq_len:
             raise UsageError(f"a fact takes {longest} tokens; model.max_seq_len = {max_seq_len} is too short")
         sentences = Ragged.cut(flat, whole)
-        tests = np.flatnonzero(self.held)
+        phrasing = np.arange(len(self.held)) % self.num_phrasings
+        tested = {"": self.held & (phrasing < self.num_common), RARE: self.held & (phrasing >= self.num_common)}
+        held_out = {
+            name: HeldOut(
+                Ragged.cut(sentences.take(those), whole[those]), given[those].astype(np.int64), exact_match=True
+            )
+            for name, chosen in tested.items()
+            if len(those := np.flatnonzero(chosen))
+        }
         # The end token of one sentence is the start token of the next in the stream.
         ends = np.zeros(len(flat), bool)
         ends[sentences.offsets[1:] - 1] = True
@@ -215,14 +259,14 @@ class FactsSource:
         texts = self.texts
         return Part(
             units=units,
-            held_out=HeldOut(
-                Ragged.cut(sentences.take(tests), whole[tests]), given[tests].astype(np.int64), exact_match=True
-            ),
+            held_out=held_out,
             description={
                 "facts": len(self.facts),
                 "sentences": len(units),
                 "tokens_per_epoch": units.num_tokens,
-                "held_out_prompts": len(tests),
+                "held_out_prompts": int(self.held.sum()),
+                "answer_bits": entropy(self.facts),
+                "answer_tokens": float((whole - given)[tested[""]].mean()),
                 "vocabulary": tokenizer.get_vocab_size(),
                 "corpus_sha256": digest(texts),
             },
@@ -232,7 +276,7 @@ class FactsSource:
                 "characters": sum(map(len, texts)),
                 "bytes": sum(len(text.encode()) for text in texts),
                 "tokens": units.num_tokens,
-                "held_out_tokens": int(whole[tests].sum()),
+                "held_out_tokens": int(whole[self.held].sum()),
             },
             lengths=units.lengths,
             packed=encoded_pairs.packed,

@@ -100,11 +100,13 @@ class TextSource:
         scored = windows_at(packed, held[:max_held_out], window)
         return Part(
             units=units,
-            held_out=HeldOut(
-                Ragged.cut(scored.reshape(-1), np.full(len(scored), window)),
-                np.ones(len(scored), dtype=np.int64),
-                exact_match=False,
-            ),
+            held_out={
+                "": HeldOut(
+                    Ragged.cut(scored.reshape(-1), np.full(len(scored), window)),
+                    np.ones(len(scored), dtype=np.int64),
+                    exact_match=False,
+                )
+            },
             description={
                 "documents": int(packed.size["documents"]),
                 "tokens_per_epoch": units.num_tokens,

@@ -1,0 +1,135 @@
+"""The experiment runner.
+
+python -m benchmarks.facts run EXPERIMENT.toml --minutes 38    # go on, for so long
+python -m benchmarks.facts status EXPERIMENT.toml              # what is done, and what was chosen
+python -m benchmarks.facts report EXPERIMENT.toml              # write the report of what is done
+python -m benchmarks.facts repeat EXPERIMENT.toml --count 3    # train some finished runs again and compare
+"""
+
+import random
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from benchmarks.facts.experiment import Experiment, read_experiment
+from benchmarks.facts.jobs import Jobs
+from benchmarks.facts.records import Records
+from benchmarks.facts.runner import Runner, State, only_one, state
+from memforge.errors import CheckFailedError, MemforgeError
+from memforge.report.console import console, plain
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+File = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="A TOML file.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Records and report; results/NAME beside the file.")
+]
+Scratch = Annotated[Path | None, typer.Option("--scratch", metavar="DIR", help="Runs under way; runs/facts/NAME.")]
+
+
+class Bench:
+    """An experiment with its records on disk."""
+
+    def __init__(self, file: Path, out: Path | None, scratch: Path | None) -> None:
+        self.experiment: Experiment = read_experiment(file)
+        self.jobs = Jobs(self.experiment, file.parent)
+        self.out = out or file.parent / "results" / self.experiment.name
+        self.scratch = scratch or Path("runs") / "facts" / self.experiment.name
+        self.records = Records(self.out / "runs")
+
+    def state(self) -> State:
+        return state(self.jobs, self.records)
+
+
+@app.command()
+def run(
+    file: File,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long, and save; default: all of it.")
+    ] = None,
+    out: Out = None,
+    scratch: Scratch = None,
+) -> None:
+    """Train what is left, in the order of the file, and write the report."""
+    from benchmarks.facts.corpora import require
+
+    bench = Bench(file, out, scratch)
+    bench.jobs.require_parity()
+    require(bench.experiment.corpora)
+    with only_one(bench.scratch):
+        now = Runner(bench.jobs, bench.records, bench.scratch, minutes).run()
+    left = len(now.left) + now.waiting
+    plain(f"{len(now.done)} runs done" + (f", {left} left: the same command goes on" if left else ""), stderr=True)
+    write_report(bench, now)
+
+
+@app.command()
+def status(file: File, out: Out = None, scratch: Scratch = None) -> None:
+    """What is done, what is left, and what the search chose."""
+    bench = Bench(file, out, scratch)
+    parity, now = bench.jobs.require_parity(), bench.state()
+    table = Table("arm", "FLOPs", "runs", "left", "chosen", title=bench.experiment.title, title_justify="left")
+    for arm in bench.experiment.arm:
+        done = sum(record.arm == arm for record in now.done.values())
+        left = sum(job.arm == arm for job in now.left)
+        settings = now.chosen.get(bench.jobs.tuned_as(arm), {})
+        chosen = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+        table.add_row(arm, f"{parity[arm].ratio:.3f}", str(done), str(left), chosen)
+    console().print(table)
+    plain(f"{len(now.done)} runs done, {len(now.left)} left, {now.waiting} wait for the search")
+
+
+@app.command()
+def report(file: File, out: Out = None, scratch: Scratch = None) -> None:
+    """Write the report of what is done."""
+    bench = Bench(file, out, scratch)
+    write_report(bench, bench.state())
+
+
+@app.command()
+def repeat(
+    file: File,
+    count: Annotated[int, typer.Option(min=1, help="Finished runs, drawn at random.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    out: Out = None,
+    scratch: Scratch = None,
+) -> None:
+    """Train finished runs again. Exit 1 where one does not come out the same to the byte, `made` aside."""
+    bench = Bench(file, out, scratch)
+    done = bench.state().done
+    drawn = random.Random(seed).sample(sorted(done), min(count, len(done)))
+    jobs = {job.name: job for job in bench.jobs.all(bench.state().chosen)}
+    different = []
+    with only_one(bench.scratch):
+        runner = Runner(bench.jobs, bench.records, bench.scratch / "repeated")
+        runner.scratch.mkdir(exist_ok=True)
+        for name in drawn:
+            again = runner.train(jobs[name])
+            assert again is not None
+            same = again.same_as(done[name])
+            plain(f"{name}: {'the same' if same else 'DIFFERENT'} ({again.made['seconds']:.0f} s)")
+            different += [] if same else [name]
+    if different:
+        raise CheckFailedError(f"not what was found before: {', '.join(different)}")
+
+
+def write_report(bench: Bench, now: State) -> None:
+    from benchmarks.facts.report import write
+
+    write(bench.experiment, bench.jobs, now, bench.out)
+
+
+def main() -> None:
+    """Run the command line; errors are one line."""
+    try:
+        app(standalone_mode=True)
+    except MemforgeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What an experiment is: arms, the search that tunes them, studies that train them, and what the report asks.
+
+An arm is a spec and what is set in it. A study trains some arms, over seeds and over values of a key. Studies that ask
+for the same training share it.
+"""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import tomli
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memforge.errors import UsageError
+
+Value: TypeAlias = bool | int | float | str | list[int]
+Settings: TypeAlias = dict[str, Value]
+NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+SEED = "train.seed"
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Arm(Table):
+    """A spec beside the experiment's file, and how it came by its hyper-parameters.
+
+    `times` is what its FLOPs per token are of the baseline's. `search` are the values to be tried, key by key, in all
+    combinations; `tuned_as` takes what was chosen for another arm. `label` is what reports call it.
+    """
+
+    spec: str
+    label: str
+    times: Annotated[float, Field(gt=0)] = 1.0
+    set: Settings = {}
+    search: dict[str, list[Value]] = {}
+    tuned_as: str | None = None
+
+    @model_validator(mode="after")
+    def _tuned(self) -> "Arm":
+        if bool(self.search) == (self.tuned_as is not None):
+            raise ValueError("an arm has either `search` or `tuned_as`")
+        return self
+
+    def trials(self) -> list[Settings]:
+        return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
+
+
+class Search(Table):
+    """Every tuned arm gets `trials` trials with these settings; the best by `measure` is what studies use."""
+
+    trials: Annotated[int, Field(ge=1)]
+    seed: int
+    measure: str
+    best: Literal["most", "least"]
+    set: Settings = {}
+
+
+class Study(Table):
+    """Arms trained with every seed, at each value of the keys in `vary`."""
+
+    arms: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=1)]
+    set: Settings = {}
+    vary: dict[str, list[Value]] = {}
+
+    def points(self) -> list[Settings]:
+        return [dict(zip(self.vary, values, strict=True)) for values in itertools.product(*self.vary.values())]
+
+
+class Question(Table):
+    """Whether one arm has more of a measure than another in a study, seed by seed."""
+
+    text: str
+    study: str
+    arm: str
+    than: str
+    measure: str = "recall"
+    paper: str
+    paper_says: Literal["more", "less", "unclear"]
+
+
+class Figure(Table):
+    """A picture of a study: a measure over what the ledger or the settings say (`x`), or over the course of a run.
+
+    Points of one arm are joined where `join` is "arms"; a `law` is fitted to all points that are joined.
+    """
+
+    title: str
+    study: str
+    x: str
+    y: str
+    join: Literal["arms", "study", "runs"] = "arms"
+    log_x: bool = True
+    log_y: bool = False
+    law: Literal["none", "logistic"] = "none"
+    note: str = ""
+
+
+class Ablation(Table):
+    """A table of a study, with what the paper found beside it."""
+
+    title: str
+    study: str
+    paper_measure: str
+    paper: dict[str, str]
+    note: str = ""
+
+
+class Experiment(Table):
+    """A whole file. `corpora` are the SHA-256 of the sources of facts that it was made with."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    title: str
+    baseline: str
+    tolerance: Annotated[float, Field(gt=0)] = 0.02
+    threads: Annotated[int, Field(ge=1)] = 2
+    corpora: dict[str, str] = {}
+    set: Settings = {}
+    arm: dict[str, Arm]
+    search: Search
+    study: dict[str, Study]
+    question: list[Question] = []
+    figure: dict[str, Figure] = {}
+    ablation: dict[str, Ablation] = {}
+    findings: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        """Every name leads somewhere, and every tuned arm has the same number of trials."""
+        self._known("baseline", [self.baseline], self.arm)
+        for name, arm in self.arm.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"arm.{name}: a name is of a-z, 0-9, `.`, `+` and `-`")
+            if arm.tuned_as is not None:
+                searched = [other for other, given in self.arm.items() if given.search]
+                self._known(f"arm.{name}.tuned_as", [arm.tuned_as], searched)
+            elif (found := len(arm.trials())) != self.search.trials:
+                raise ValueError(f"arm.{name}.search: {found} trials, and search.trials = {self.search.trials} for all")
+        for name, study in self.study.items():
+            self._known(f"study.{name}.arms", study.arms, self.arm)
+        for name, figure in self.figure.items():
+            self._known(f"figure.{name}.study", [figure.study], self.study)
+        for name, ablation in self.ablation.items():
+            self._known(f"ablation.{name}.study", [ablation.study], self.study)
+            self._known(f"ablation.{name}.paper", list(ablation.paper), self.study[ablation.study].arms)
+        for question in self.question:
+            self._known("question.study", [question.study], self.study)
+            self._known("question", [question.arm, question.than], self.study[question.study].arms)
+        return self
+
+    @staticmethod
+    def _known(key: str, names: list[str], known: Any) -> None:
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{key}: {name} is none of {', '.join(known)}")
+
+
+def read_experiment(path: Path) -> Experiment:
+    """The experiment in a file, laid over the one beside it that it `extends`.
+
+    Raises UsageError for a file that is absent or no experiment.
+    """
+    tables = _tables(path)
+    if (base := tables.pop("extends", None)) is not None:
+        tables = _over(_tables(path.parent / str(base)), tables)
+    try:
+        return Experiment.model_validate(tables)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"{path}: {where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Tables merge key by key; all else is replaced."""
+    both = {key for key in base.keys() & top.keys() if isinstance(base[key], dict) and isinstance(top[key], dict)}
+    return base | top | {key: _over(base[key], top[key]) for key in both}

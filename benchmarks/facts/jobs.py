@@ -1,0 +1,118 @@
+"""Which trainings an experiment needs, and in which order: first those that tune an arm, then those of its studies."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.facts.experiment import SEED, Experiment, Settings, Study, Value
+from memforge.cost import estimate
+from memforge.errors import CheckFailedError
+from memforge.parity import Axis, claimed, report_seq_len, require
+from memforge.plan import Plan, make_plan
+from memforge.spec import load_spec
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: the spec of an arm and all that is set in it, in order."""
+
+    name: str
+    arm: str
+    spec: Path
+    settings: Mapping[str, Value]
+
+    @property
+    def overrides(self) -> list[str]:
+        """As --set takes them."""
+        return [f"{key}={json.dumps(value)}" for key, value in self.settings.items()]
+
+    def plan(self) -> Plan:
+        return plan_of(self.spec, tuple(self.overrides))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the plan: of all that decides what the training finds."""
+        return hashlib.sha256(self.plan().to_json().encode()).hexdigest()
+
+
+@cache
+def plan_of(spec: Path, overrides: tuple[str, ...]) -> Plan:
+    """The plan of a spec; a process reads each once."""
+    return make_plan(load_spec(spec, overrides=list(overrides)))
+
+
+class Jobs:
+    """The jobs of an experiment whose file lies in `directory`."""
+
+    def __init__(self, experiment: Experiment, directory: Path) -> None:
+        self.experiment, self.directory = experiment, directory
+
+    def _job(self, name: str, arm: str, *settings: Settings) -> Job:
+        given = self.experiment.arm[arm]
+        merged: Settings = dict(self.experiment.set)
+        for more in (given.set, *settings):
+            merged |= more
+        return Job(name, arm, self.directory / given.spec, merged)
+
+    def trials(self, arm: str) -> list[Job]:
+        """Those that tune an arm."""
+        search = self.experiment.search
+        return [
+            self._job(f"search.{arm}.{i}", arm, search.set, trial, {SEED: search.seed})
+            for i, trial in enumerate(self.experiment.arm[arm].trials())
+        ]
+
+    def of_study(self, name: str, chosen: Mapping[str, Settings]) -> Iterator[tuple[Settings, int, Job]]:
+        """Each point, seed and job of a study, for arms whose settings were `chosen`; all arms of a seed together."""
+        study = self.experiment.study[name]
+        for seed in study.seeds:
+            for point in study.points():
+                for arm in study.arms:
+                    if (tuned := self.tuned_as(arm)) in chosen:
+                        yield point, seed, self._of_study(study, arm, point, chosen[tuned], seed)
+
+    def _of_study(self, study: Study, arm: str, point: Settings, chosen: Settings, seed: int) -> Job:
+        """What differs from what all have is in the name, so that studies share what they have in common."""
+        given = study.set | point
+        common = self.experiment.set
+        parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in given.items() if common.get(key) != value]
+        return self._job(".".join([arm, *sorted(parts), f"seed-{seed}"]), arm, given, chosen, {SEED: seed})
+
+    def all(self, chosen: Mapping[str, Settings]) -> Iterator[Job]:
+        """Every job that is known by now; some more than once."""
+        for arm in self.tuned_arms():
+            yield from self.trials(arm)
+        for name in self.experiment.study:
+            yield from (job for _, _, job in self.of_study(name, chosen))
+
+    def tuned_as(self, arm: str) -> str:
+        return self.experiment.arm[arm].tuned_as or arm
+
+    def tuned_arms(self) -> list[str]:
+        """Those that some study needs, in the order of the file."""
+        used = {self.tuned_as(arm) for study in self.experiment.study.values() for arm in study.arms}
+        return [arm for arm in self.experiment.arm if arm in used]
+
+    def require_parity(self) -> dict[str, Axis]:
+        """FLOPs of each arm beside those of the baseline. Raises CheckFailedError where one is not what it claims."""
+        baseline = self._costs(self.experiment.baseline)
+        found = {}
+        for name, arm in self.experiment.arm.items():
+            plan = self._job(name, name).plan()
+            require(claimed(plan))
+            axis = Axis("flops", self._costs(name), baseline, None)
+            if abs(axis.ratio / arm.times - 1) > self.experiment.tolerance:
+                raise CheckFailedError(
+                    f"arm.{name}: {axis.ratio:.4f} times the FLOPs of {self.experiment.baseline}, and times = "
+                    f"{arm.times:g} +- {self.experiment.tolerance:.0%}"
+                )
+            found[name] = axis
+        return found
+
+    def _costs(self, arm: str) -> Any:
+        plan = self._job(arm, arm).plan()
+        return estimate(plan.model, seq_len=report_seq_len(plan), devices=()).exact_axes()["flops"]

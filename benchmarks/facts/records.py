@@ -1,0 +1,175 @@
+"""What is kept of a finished training: one small JSON file, the same to the byte whenever it is made, `made` aside."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from benchmarks.facts.experiment import Settings
+from benchmarks.facts.jobs import Job
+from memforge.cost import estimate
+from memforge.errors import StorageError
+from memforge.plan import Plan
+from memforge.report.run import LAYER_MEASURES, Run
+from memforge.storage import json_text, replace_file
+
+SCORES = ("recall", "held_out_loss", "recall.rare", "held_out_loss.rare")
+
+
+class Record(BaseModel):
+    """`curve` are the scores of a run by step; `made` is where, when and how fast it was made."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    name: str
+    arm: str
+    fingerprint: str
+    model_hash: str
+    settings: Settings
+    ended: str
+    params: int
+    active_params: int
+    slots: int
+    flops_per_token: float
+    steps: int
+    tokens: int
+    data: dict[str, int | float | str]
+    baselines: dict[str, float]
+    exposures_per_fact: float | None
+    final: dict[str, float]
+    curve: list[dict[str, float]]
+    usage: dict[str, dict[str, float]]
+    made: dict[str, Any]
+
+    def same_as(self, other: "Record") -> bool:
+        """Whether both found the same to the byte."""
+        return self._found() == other._found()
+
+    def _found(self) -> str:
+        return json_text(self.model_dump(exclude={"made"}))
+
+    def figure(self, name: str) -> float | None:
+        """A score, a count of the ledger, a setting, or one of the quantities below, by name; None if it has none."""
+        if name in self.final:
+            return self.final[name]
+        if name in DERIVED:
+            return DERIVED[name](self)
+        found = self.settings.get(name, getattr(self, name, None))
+        return float(found) if isinstance(found, int | float) else None
+
+
+def _stored_bits(record: Record) -> float | None:
+    """Bits of answers that the model knows beyond how frequent each is, all facts together; at least 0."""
+    if "held_out_loss" not in record.final:
+        return None
+    unknown = record.final["held_out_loss"] * float(record.data["answer_tokens"]) / math.log(2)
+    return max(0.0, float(record.data["answer_bits"]) - unknown) * float(record.data["facts"])
+
+
+def _bits_per(record: Record, of: float) -> float | None:
+    bits = _stored_bits(record)
+    return None if bits is None else bits / of
+
+
+DERIVED: dict[str, Callable[[Record], float | None]] = {
+    "train_flops": lambda record: record.flops_per_token * record.tokens,
+    "stored_bits": _stored_bits,
+    "bits_per_param": lambda record: _bits_per(record, record.params),
+    "bits_per_mflop": lambda record: _bits_per(record, record.flops_per_token / 1e6),
+    "slots_used": lambda record: _mean(layer["slots_used"] for layer in record.usage.values()),
+}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def record_of(job: Job, run: Run, made: dict[str, Any]) -> Record:
+    """The record of a run that has ended."""
+    plan, summary = run.plan, run.summary
+    assert summary is not None
+    assert plan.run.train is not None
+    train = plan.run.train
+    metrics = run.metrics
+    curve = [
+        {"step": float(step)} | {name: metrics.columns[name][i] for name in SCORES if name in metrics.columns}
+        for i, step in enumerate(metrics.steps)
+        if "recall" in metrics.columns and metrics.columns["recall"][i] == metrics.columns["recall"][i]
+    ]
+    layers = sorted({name.rpartition(".")[0] for name in metrics.columns if name.endswith(".slots_used")})
+    steps = int(metrics.steps[-1]) if metrics.steps else 0
+    return Record(
+        name=job.name,
+        arm=job.arm,
+        fingerprint=job.fingerprint,
+        model_hash=plan.model.model_hash,
+        settings=dict(job.settings),
+        ended=str(summary.ended),
+        params=sum(row.numel for row in plan.model.params),
+        active_params=sum(row.active for row in plan.model.params),
+        slots=_slots(plan),
+        flops_per_token=float(estimate(plan.model, seq_len=train.seq_len, devices=()).exact_axes()["flops"]),
+        steps=steps,
+        tokens=steps * train.batch_size * train.seq_len,
+        data=summary.data,
+        baselines=summary.baselines,
+        exposures_per_fact=summary.exposures_per_fact,
+        final={name: summary.final[name] for name in (*SCORES, "loss") if name in summary.final},
+        curve=curve,
+        usage={
+            layer: {
+                measure: value
+                for measure in LAYER_MEASURES
+                if (value := metrics.latest(f"{layer}.{measure}")) is not None
+            }
+            for layer in layers
+        },
+        made=made,
+    )
+
+
+def _slots(plan: Plan) -> int:
+    """Rows of all value pools."""
+    owners = {row.owner: row.shape[0] for row in plan.model.params if row.group == "values"}
+    return sum(owners.values())
+
+
+class Records:
+    """The records in a directory, one file for each."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, name: str) -> Path:
+        return self.directory / f"{name}.json"
+
+    def read(self, job: Job) -> Record | None:
+        """The record of a job, None if it has none. Raises StorageError for one that was made of another arm."""
+        path = self.path(job.name)
+        if not path.exists():
+            return None
+        record = read_record(path)
+        if record.fingerprint != job.fingerprint:
+            raise StaleError(job.name)
+        return record
+
+    def write(self, record: Record) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path(record.name), json_text(record.model_dump()))
+
+
+class StaleError(Exception):
+    """The record of this name is of another arm than the job."""
+
+
+def read_record(path: Path) -> Record:
+    try:
+        return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
+    except (ValueError, ValidationError):
+        raise StorageError(f"{path}: damaged; delete it and it is made again") from None

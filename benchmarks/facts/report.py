@@ -1,0 +1,348 @@
+"""The page of an experiment: answers first, then every number they are made of. Nothing here knows an arm by name."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.facts.experiment import Ablation, Experiment, Figure, Question, Settings, Study
+from benchmarks.facts.jobs import Jobs
+from benchmarks.facts.plots import Point, draw
+from benchmarks.facts.records import Record
+from benchmarks.facts.runner import State
+from benchmarks.facts.statistics import Estimate, Law, difference, estimate, fit
+from memforge.report.cost import si
+from memforge.storage import replace_file
+
+PAGE = "report.md"
+# What a measure is called, and how it is printed.
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "recall": ("recall", lambda value: f"{100 * value:.1f}%"),
+    "recall.rare": ("recall, rare phrasings", lambda value: f"{100 * value:.1f}%"),
+    "held_out_loss": ("NLL per answer token", lambda value: f"{value:.3f}"),
+    "held_out_loss.rare": ("NLL, rare phrasings", lambda value: f"{value:.3f}"),
+    "stored_bits": ("bits stored", lambda value: si(round(value))),
+    "bits_per_param": ("bits per parameter", lambda value: f"{value:.4f}"),
+    "bits_per_mflop": ("kbit per MFLOP a token", lambda value: f"{value / 1e3:.1f}"),
+    "slots_used": ("slots used", lambda value: f"{100 * value:.1f}%"),
+    "flops_per_token": ("FLOPs per token", lambda value: si(round(value))),
+    "train_flops": ("training FLOPs", lambda value: si(round(value))),
+    "slots": ("slots", lambda value: f"{value:,.0f}"),
+}
+SAYS = {True: "yes", False: "no", None: "undecided"}
+PAPER_SAYS = {"more": True, "less": False, "unclear": None}
+
+
+def name_of(measure: str) -> str:
+    return MEASURES[measure][0] if measure in MEASURES else measure.rpartition(".")[2].replace("_", " ")
+
+
+def shown(measure: str, value: float) -> str:
+    return MEASURES[measure][1](value) if measure in MEASURES else f"{value:,.6g}"
+
+
+def interval(measure: str, found: Estimate) -> str:
+    """A mean and how far its interval reaches."""
+    text = shown(measure, found.mean)
+    return f"{text} ± {shown(measure, found.high - found.mean)}" if found.known else text
+
+
+def over(records: Iterable[Record], measure: str) -> str:
+    """The mean of a measure over the runs that have it."""
+    values = [value for record in records if (value := record.figure(measure)) is not None]
+    return interval(measure, estimate(values)) if values else ""
+
+
+class Found:
+    """The records of an experiment, by study."""
+
+    def __init__(self, experiment: Experiment, jobs: Jobs, now: State) -> None:
+        self.experiment, self.jobs, self.now = experiment, jobs, now
+
+    def study(self, name: str) -> list[tuple[Settings, int, Record]]:
+        """Point, seed and record of each finished run of a study."""
+        return [
+            (point, seed, self.now.done[job.name])
+            for point, seed, job in self.jobs.of_study(name, self.now.chosen)
+            if job.name in self.now.done
+        ]
+
+    def by_seed(self, study: str, arm: str, measure: str) -> dict[int, float]:
+        return {
+            seed: value
+            for _, seed, record in self.study(study)
+            if record.arm == arm and (value := record.figure(measure)) is not None
+        }
+
+    def label(self, arm: str) -> str:
+        return self.experiment.arm[arm].label
+
+
+def write(experiment: Experiment, jobs: Jobs, now: State, out: Path) -> None:
+    """Write the page and its pictures into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = Found(experiment, jobs, now)
+    replace_file(out / PAGE, page(found, out))
+
+
+def page(found: Found, out: Path) -> str:
+    experiment, now = found.experiment, found.now
+    left = len(now.left) + now.waiting
+    parts = [f"# {experiment.title}", "", "Written by `python -m benchmarks.facts`. Do not edit.", ""]
+    if left:
+        parts += [f"**Not finished: {len(now.done)} runs are done, {left} are left.**", ""]
+    answers = [answer for question in experiment.question if (answer := Answer.of(found, question)) is not None]
+    parts += differences(experiment, answers)
+    parts += questions(answers)
+    for title, study in experiment.study.items():
+        parts += scores(found, title, study)
+    for name, figure in experiment.figure.items():
+        parts += pictured(found, name, figure, out)
+    for ablation in experiment.ablation.values():
+        parts += ablated(found, ablation)
+    parts += [*searched(found), *data(found), *made(found)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+class Answer:
+    """A question with what was found: a difference over seeds, and whether it is more than none."""
+
+    def __init__(self, question: Question, ours: Estimate, theirs: Estimate, more: Estimate) -> None:
+        self.question, self.ours, self.theirs, self.more = question, ours, theirs, more
+
+    @classmethod
+    def of(cls, found: Found, question: Question) -> "Answer | None":
+        ours, theirs = (found.by_seed(question.study, arm, question.measure) for arm in (question.arm, question.than))
+        if not ours.keys() & theirs.keys():
+            return None
+        return cls(question, estimate([*ours.values()]), estimate([*theirs.values()]), difference(ours, theirs))
+
+    @property
+    def verdict(self) -> bool | None:
+        """None: the interval holds zero, or there is none."""
+        if not self.more.known or self.more.low <= 0 <= self.more.high:
+            return None
+        return self.more.low > 0
+
+    @property
+    def differs(self) -> bool:
+        said = PAPER_SAYS[self.question.paper_says]
+        return said is not None and self.verdict is not None and said != self.verdict
+
+
+def differences(experiment: Experiment, answers: list[Answer]) -> list[str]:
+    """Where the order is not that of the paper; what was found out about it."""
+    if not answers:
+        return []
+    differing = [answer for answer in answers if answer.differs]
+    undecided = [answer for answer in answers if answer.verdict is None]
+    lines = ["## Where this differs from the paper", ""]
+    lines += [
+        f"- {a.question.text} {SAYS[a.verdict].capitalize()}, and in the paper {a.question.paper}." for a in differing
+    ]
+    if not differing:
+        lines += ["Nowhere among the questions that the intervals decide."]
+    if undecided:
+        lines += [f"- Undecided, the 95% interval of the difference holds zero: {a.question.text}" for a in undecided]
+    lines += [f"- **{title}** {text}" for title, text in experiment.findings.items()]
+    return [*lines, ""]
+
+
+def questions(answers: list[Answer]) -> list[str]:
+    if not answers:
+        return []
+    return [
+        "## Answers",
+        "",
+        *table(
+            ["question", "answer", "difference, 95% interval", "ours", "against", "in the paper"],
+            (
+                [
+                    a.question.text,
+                    f"**{SAYS[a.verdict]}**",
+                    f"{points(a.more.mean)} [{points(a.more.low)}, {points(a.more.high)}]",
+                    interval(a.question.measure, a.ours),
+                    interval(a.question.measure, a.theirs),
+                    a.question.paper,
+                ]
+                for a in answers
+            ),
+        ),
+        "Differences are in percentage points, seed by seed: both arms of a seed train on the same facts in the same "
+        "order. Intervals are Student's t over seeds.",
+        "",
+    ]
+
+
+def points(value: float) -> str:
+    return "?" if math.isnan(value) else f"{100 * value:+.1f}"
+
+
+SCORES = (
+    "recall", "recall.rare", "held_out_loss", "stored_bits", "bits_per_param", "bits_per_mflop", "slots_used",
+)  # fmt: skip
+
+
+def scores(found: Found, name: str, study: Study) -> list[str]:
+    """A row for each arm and point of a study."""
+    groups: dict[tuple[str, tuple[tuple[str, object], ...]], list[Record]] = defaultdict(list)
+    for point, _, record in found.study(name):
+        groups[record.arm, tuple(point.items())].append(record)
+    if not groups:
+        return []
+    baseline = found.experiment.baseline
+    base = next((r.flops_per_token for r in found.now.done.values() if r.arm == baseline), math.nan)
+    rows = []
+    for (arm, at), records in groups.items():
+        first = records[0]
+        cells = [found.label(arm), *(f"{value:,}" for _, value in at), si(first.params), si(first.active_params)]
+        cells += [f"{first.flops_per_token / base:.2f}x", si(first.tokens), f"{first.exposures_per_fact or 0:.1f}"]
+        rows.append([*cells, str(len(records)), *(over(records, measure) for measure in SCORES)])
+    head = ["arm", *(name_of(key) for key in study.vary), "params", "active", "FLOPs", "tokens", "exposures", "seeds"]
+    return [f"## Study: {name}", "", *table([*head, *map(name_of, SCORES)], rows)]
+
+
+def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
+    """A picture of a study, and the law through it."""
+    lines: dict[str, list[Point]] = defaultdict(list)
+    for _, _, record in found.study(figure.study):
+        label, x, y = found.label(record.arm), record.figure(figure.x), record.figure(figure.y)
+        if x is None or y is None:
+            continue
+        if figure.join == "runs":
+            lines[label] += [Point(x * row["step"] / record.steps, row[figure.y], label) for row in record.curve]
+        else:
+            lines[label if figure.join == "arms" else figure.study].append(Point(x, y, label))
+    if not lines:
+        return []
+    law = None
+    if figure.law != "none":
+        law = fit([(p.x, p.y) for points in lines.values() for p in points])
+    draw(figure, lines, law, out / f"{name}.svg", (name_of(figure.x), name_of(figure.y)), shown)
+    text = [f"## {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
+    if figure.note:
+        text += [figure.note, ""]
+    if law is not None:
+        text += [told(law, figure, lines), ""]
+    return text
+
+
+def told(law: Law, figure: Figure, lines: dict[str, list[Point]]) -> str:
+    """The law in words: its three numbers with their intervals, and where it stops."""
+    (top_low, top_high), (half_low, half_high), (slope_low, slope_high) = law.intervals
+    most = max(point.x for points in lines.values() for point in points)
+    x = name_of(figure.x)
+    beyond = "beyond what was measured" if law.stops_at > most else "within what was measured"
+    return (
+        f"Fitted: {name_of(figure.y)} = {law.top:.3f} / (1 + ({si(round(law.half))} / {x})^{law.slope:.2f}), root "
+        f"mean square of the residuals {law.residual:.4f}. 95% by resampling: top {top_low:.3f} to {top_high:.3f}, "
+        f"half of it at {si(round(half_low))} to {si(round(half_high))} {x}, exponent {slope_low:.2f} to "
+        f"{slope_high:.2f}. It reaches 90% of its top at {si(round(law.stops_at))} {x}, {beyond}."
+    )
+
+
+def ablated(found: Found, ablation: Ablation) -> list[str]:
+    records: dict[str, list[Record]] = defaultdict(list)
+    for _, _, record in found.study(ablation.study):
+        records[record.arm].append(record)
+    rows = [
+        [
+            found.label(arm),
+            over(records[arm], "recall"),
+            over(records[arm], "held_out_loss"),
+            str(len(records[arm])),
+            paper,
+        ]
+        for arm, paper in ablation.paper.items()
+        if records[arm]
+    ]
+    if not rows:
+        return []
+    head = ["variant", "recall", "NLL", "seeds", ablation.paper_measure]
+    return [f"## {ablation.title}", "", *table(head, rows), *([ablation.note, ""] if ablation.note else [])]
+
+
+def searched(found: Found) -> list[str]:
+    """What was tried for each arm, and what was chosen."""
+    search, rows = found.experiment.search, []
+    for arm in found.jobs.tuned_arms():
+        trials = [found.now.done.get(job.name) for job in found.jobs.trials(arm)]
+        for settings, record in zip(found.experiment.arm[arm].trials(), trials, strict=True):
+            if record is None:
+                continue
+            chosen = found.now.chosen.get(arm) == settings
+            cells = [
+                shown(m, record.final[m]) if m in record.final else record.ended for m in ("recall", "held_out_loss")
+            ]
+            rows.append([found.label(arm), told_settings(settings), *cells, "**chosen**" if chosen else ""])
+    if not rows:
+        return []
+    common = told_settings(found.experiment.set | search.set)
+    return [
+        "## Search",
+        "",
+        f"{search.trials} trials for every arm, on facts of another source: {common}, seed {search.seed}. Chosen by "
+        f"{search.measure}, the {search.best}.",
+        "",
+        *table(["arm", "tried", "recall", "NLL", ""], rows),
+    ]
+
+
+def told_settings(settings: Settings) -> str:
+    """As `learning rate 0.003, steps 1500`."""
+    return ", ".join(f"{name_of(key)} {f'{v:g}' if isinstance(v, float) else v}" for key, v in settings.items())
+
+
+def data(found: Found) -> list[str]:
+    """The facts of each seed and count, and what scores without a model."""
+    seen = {}
+    for record in found.now.done.values():
+        about = record.data
+        seen[str(about["corpus_sha256"])] = [
+            str(record.settings.get("data.source", "")),
+            f"{about['facts']:,}",
+            str(record.settings["train.seed"]),
+            f"{about['tokens_per_epoch']:,}",
+            f"{about['answer_bits']:.2f}",
+            *(f"{100 * value:.2f}%" for value in record.baselines.values()),
+            f"`{str(about['corpus_sha256'])[:16]}`",
+        ]
+    if not seen:
+        return []
+    names = max((record.baselines for record in found.now.done.values()), key=len)
+    width = 5 + len(names) + 1
+    rows = sorted((row[:-1] + [""] * (width - len(row)) + row[-1:] for row in seen.values()), key=lambda row: row[:3])
+    head = ["source", "facts", "seed", "tokens of an epoch", "bits of an answer", *(n.replace("_", " ") for n in names)]
+    return ["## Facts", "", "Scores that need no model, in percent of answers:", "", *table([*head, "SHA-256"], rows)]
+
+
+def made(found: Found) -> list[str]:
+    """Commands, machines and commits."""
+    records = found.now.done.values()
+    if not records:
+        return []
+    hours = sum(record.made["seconds"] for record in records) / 3600
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({str(record.made[key]) for record in records}))
+
+    versions = ", ".join(
+        sorted({f"{name} {number}" for record in records for name, number in record.made["versions"].items()})
+    )
+    return [
+        "## Made",
+        "",
+        f"{len(records)} runs, {hours:.1f} hours of training; {all_of('cpu')}, {all_of('threads')} threads; "
+        f"{versions}; commits {all_of('commit')}.",
+        "",
+    ]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    kept = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    used = [i for i in range(len(head)) if any(row[i] for row in kept)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells[i] for i in used) + " |"
+
+    return [line(head), "|" + "---|" * len(used), *map(line, kept), ""]

@@ -1,0 +1,329 @@
+"""The experiment of benchmarks/facts on a fixture: every stage by its command, and the report it writes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPO, write
+
+from benchmarks.facts.experiment import read_experiment
+from benchmarks.facts.jobs import Jobs, plan_of
+from benchmarks.facts.records import Records, read_record
+from benchmarks.facts.runner import state
+from benchmarks.facts.statistics import difference, estimate, fit, logistic
+from memforge.errors import CheckFailedError, StorageError, UsageError
+
+DENSE = """\
+[model]
+name = "plain"
+dim = 16
+num_layers = 2
+vocab_size = 300
+max_seq_len = 96
+
+[attention]
+num_heads = 2
+
+[ffn]
+hidden_dim = 40
+
+[data]
+kind = "facts"
+num_facts = 20
+rare_share = 0.2
+
+[train]
+steps = 3
+batch_size = 2
+learning_rate = 1e-2
+compile = "off"
+
+[eval]
+max_prompts = 8
+sample_tokens = 0
+"""
+MEMORY = """\
+extends = "plain.toml"
+
+[model]
+name = "table"
+
+[[place]]
+layers = "middle"
+block = { kind = "memory", num_sub_keys = 8, num_heads = 1, top_k = 2, key_dim = 8 }
+"""
+EXPERIMENT = """\
+name = "fixture"
+title = "A fixture"
+baseline = "plain"
+tolerance = 0.2
+
+[set]
+"eval.every_steps" = 2
+
+[search]
+trials = 2
+seed = 9
+measure = "held_out_loss"
+best = "least"
+set = { "data.num_facts" = 10, "train.steps" = 2 }
+
+[arm.plain]
+spec = "plain.toml"
+label = "Plain"
+search = { "train.learning_rate" = [1e-3, 1e-2] }
+
+[arm.table]
+spec = "table.toml"
+label = "Table | of 64"
+search = { "train.value_learning_rate" = [1e-2, 1e-1] }
+
+[arm.table-large]
+spec = "table.toml"
+label = "Table of 100"
+set = { "place.0.block.num_sub_keys" = 10 }
+tuned_as = "table"
+
+[study.core]
+arms = ["plain", "table"]
+seeds = [1, 2]
+
+[study.counts]
+arms = ["table"]
+seeds = [1]
+vary = { "data.num_facts" = [12, 20] }
+
+[study.sizes]
+arms = ["table", "table-large"]
+seeds = [1]
+
+[[question]]
+text = "Does a table beat none?"
+study = "core"
+arm = "table"
+than = "plain"
+paper = "4.0 against 3.0"
+paper_says = "more"
+
+[figure.flops]
+title = "Recall by FLOPs"
+study = "core"
+x = "flops_per_token"
+y = "held_out_loss"
+
+[figure.course]
+title = "Over training"
+study = "core"
+x = "train_flops"
+y = "recall"
+join = "runs"
+
+[figure.sizes]
+title = "Over slots"
+study = "sizes"
+x = "slots"
+y = "slots_used"
+join = "study"
+
+[ablation.sizes]
+title = "Sizes"
+study = "sizes"
+paper_measure = "their loss"
+paper = { table = "2.11", table-large = "2.10" }
+
+[findings]
+"It was tried:" = "and this was found."
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write(tmp_path / "plain.toml", DENSE)
+    write(tmp_path / "table.toml", MEMORY)
+    return write(tmp_path / "fixture.toml", EXPERIMENT)
+
+
+def facts(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.facts", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_path: Path) -> None:
+    first = facts("run", file, "--minutes", "0", cwd=tmp_path)
+    assert (first.returncode, first.stderr.splitlines()[-1]) == (
+        0,
+        "0 runs done, 11 left: the same command goes on",
+    )
+    done = facts("run", file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "results" / "fixture"
+    names = sorted(path.stem for path in (out / "runs").glob("*.json"))
+    # The point of 20 facts is that of the other studies, and is trained once.
+    assert names == sorted(
+        [
+            *(f"search.{arm}.{i}" for arm in ("plain", "table") for i in (0, 1)),
+            *(f"{arm}.seed-{seed}" for arm in ("plain", "table") for seed in (1, 2)),
+            "table.num_facts-12.seed-1",
+            "table.num_facts-20.seed-1",
+            "table-large.seed-1",
+        ]
+    )
+    assert not list((tmp_path / "runs" / "facts" / "fixture").glob("*seed*")), "runs that are recorded are not kept"
+
+    record = read_record(out / "runs" / "table.seed-1.json")
+    assert record.slots == 64
+    assert [row["step"] for row in record.curve] == [2, 3]
+    assert record.curve[-1]["recall"] == record.final["recall"]
+    assert record.settings["train.value_learning_rate"] in (1e-2, 1e-1)
+    trials = [read_record(out / "runs" / f"search.table.{i}.json") for i in (0, 1)]
+    best = min(trials, key=lambda trial: trial.final["held_out_loss"])
+    assert record.settings["train.value_learning_rate"] == best.settings["train.value_learning_rate"]
+
+    page = (out / "report.md").read_text()
+    assert "Not finished" not in page
+    ours, theirs = (
+        np.mean([read_record(out / "runs" / f"{arm}.seed-{seed}.json").final["recall"] for seed in (1, 2)])
+        for arm in ("table", "plain")
+    )
+    assert f"| Does a table beat none? | **undecided** | {100 * (ours - theirs):+.1f} [" in page
+    assert "Table \\| of 64" in page
+    assert "**It was tried:** and this was found." in page
+    assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg"}
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert facts("report", file, cwd=tmp_path).returncode == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+    again = facts("repeat", file, "--count", "1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "the same" in again.stdout
+
+
+def test_an_interrupted_experiment_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
+    long = ('"eval.every_steps" = 2', '"eval.every_steps" = 500\n"train.log_every" = 1')
+    write(file, EXPERIMENT.replace(*long).replace('"train.steps" = 2', '"train.steps" = 2000'))
+    command = [sys.executable, "-m", "benchmarks.facts", "run", str(file)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True
+    )
+    run = tmp_path / "runs" / "facts" / "fixture" / "search.plain.0"
+    speed = run / "speed.jsonl"
+    while not (speed.exists() and speed.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.05)
+    second = facts("run", file, cwd=tmp_path)
+    assert second.returncode == 2
+    assert "another process runs this experiment" in second.stderr
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "error: search.plain.0: interrupted, and saved; the same command goes on with it" in errors
+    (made,) = run.glob("step-*")
+    steps = int(made.name.removeprefix("step-"))
+    assert facts("run", file, "--minutes", "0.02", cwd=tmp_path).returncode == 0
+    assert max(int(path.name.removeprefix("step-")) for path in run.glob("step-*")) > steps
+
+
+def made(file: Path) -> tuple[Jobs, Records]:
+    """The experiment with records that were not trained."""
+    experiment = read_experiment(file)
+    jobs, records = Jobs(experiment, file.parent), Records(file.parent / "records")
+    while (now := state(jobs, records)).left:
+        for job in now.left:
+            text = json.dumps(
+                {
+                    "name": job.name, "arm": job.arm, "fingerprint": job.fingerprint, "model_hash": "0",
+                    "settings": dict(job.settings), "ended": "done", "params": 1, "active_params": 1, "slots": 0,
+                    "flops_per_token": 1.0, "steps": 1, "tokens": 1, "data": {}, "baselines": {},
+                    "exposures_per_fact": None, "final": {"held_out_loss": random.random()}, "curve": [], "usage": {},
+                    "made": {},
+                }
+            )  # fmt: skip
+            write(records.path(job.name), text)
+    return jobs, records
+
+
+def test_records_of_an_arm_that_has_changed_are_refused_by_name(file: Path) -> None:
+    _, records = made(file)
+    write(file, EXPERIMENT.replace('"place.0.block.num_sub_keys" = 10', '"place.0.block.num_sub_keys" = 12'))
+    with pytest.raises(CheckFailedError, match=r"1 finished runs .*: table-large\.seed-1; .* rm .*table-large\.seed-1"):
+        state(Jobs(read_experiment(file), file.parent), records)
+    write(file.parent / "table.toml", MEMORY.replace("key_dim = 8", "key_dim = 12"))
+    write(file, EXPERIMENT)
+    plan_of.cache_clear()
+    with pytest.raises(CheckFailedError, match=r"search\.table\.0, search\.table\.1"):
+        state(Jobs(read_experiment(file), file.parent), records)
+
+
+def test_an_arm_is_renamed_or_removed_in_the_file_alone(file: Path) -> None:
+    _, records = made(file)
+    write(file, EXPERIMENT.replace("table", "lookup").replace("lookup.toml", "table.toml"))
+    now = state(Jobs(read_experiment(file), file.parent), records)
+    assert {job.arm for job in now.left} == {"lookup"}
+    assert {record.arm for record in now.done.values()} == {"plain"}
+
+
+def test_a_record_that_is_damaged_is_named(file: Path) -> None:
+    jobs, records = made(file)
+    write(records.path("search.plain.0"), "{")
+    with pytest.raises(StorageError, match=r"search\.plain\.0\.json: damaged; delete it"):
+        state(jobs, records)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('baseline = "plain"', 'baseline = "none"', "baseline: none is none of plain, table, table-large"),
+        ("trials = 2", "trials = 3", "arm.plain.search: 2 trials, and search.trials = 3 for all"),
+        ('tuned_as = "table"', 'tuned_as = "table-large"', "arm.table-large.tuned_as: table-large is none of"),
+        ('tuned_as = "table"', "", "arm.table-large: an arm has either `search` or `tuned_as`"),
+        ('than = "plain"', 'than = "plane"', "question: plane is none of"),
+        ('study = "sizes"', 'study = "size"', "figure.sizes.study: size is none of"),
+        ("seeds = [1, 2]", "seeds = []", "study.core.seeds: List should have at least 1 item"),
+        ("[search]", "[search", "Expected ']' at the end of a table declaration"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(file: Path, old: str, new: str, message: str) -> None:
+    write(file, EXPERIMENT.replace(old, new))
+    with pytest.raises(UsageError, match=f".*fixture.toml: .*{message}".replace("[", r"\[").replace("]", r"\]")):
+        read_experiment(file)
+
+
+def test_an_arm_that_is_not_what_it_claims_trains_nothing(file: Path) -> None:
+    write(
+        file,
+        EXPERIMENT.replace("tolerance = 0.2", "tolerance = 0.2").replace('label = "Plain"', 'label = "P"\ntimes = 2'),
+    )
+    with pytest.raises(CheckFailedError, match=r"arm\.plain: 1\.0000 times the FLOPs of plain, and times = 2 \+- 20%"):
+        Jobs(read_experiment(file), file.parent).require_parity()
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(1)
+    found = [estimate(rng.normal(3.0, 2.0, 3).tolist()) for _ in range(2000)]
+    assert np.mean([one.low <= 3.0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+    paired = difference({1: 5.0, 2: 7.0, 3: 1.0}, {1: 4.0, 2: 6.0, 4: 0.0})
+    assert (paired.mean, paired.low, paired.high, paired.count) == (1.0, 1.0, 1.0, 2)
+    assert not estimate([1.0]).known
+
+
+def test_the_law_is_found_in_what_follows_it() -> None:
+    rng = np.random.default_rng(2)
+    x = np.repeat(2.0 ** np.arange(8, 22, 2), 3)
+    y = logistic(np.log(x), 0.8, np.log(5000.0), 0.7) + rng.normal(0, 0.005, len(x))
+    law = fit([*zip(x.tolist(), y.tolist(), strict=True)])
+    assert law is not None
+    assert law.top == pytest.approx(0.8, abs=0.03)
+    assert law.half == pytest.approx(5000, rel=0.15)
+    assert law.slope == pytest.approx(0.7, rel=0.1)
+    for found, (low, high) in zip((0.8, 5000.0, 0.7), law.intervals, strict=True):
+        assert low < found < high
+    assert law.at(law.stops_at) == pytest.approx(0.9 * law.top)
+    assert fit([(1.0, 0.1), (2.0, 0.2), (4.0, 0.3)]) is None
