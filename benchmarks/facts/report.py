@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.facts.experiment import Ablation, Experiment, Figure, Question, Settings, Study
+from benchmarks.facts.experiment import Ablation, Experiment, Figure, Question, Settings, Study, Value
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
@@ -94,6 +94,7 @@ def page(found: Found, out: Path) -> str:
     answers = [answer for question in experiment.question if (answer := Answer.of(found, question)) is not None]
     parts += differences(experiment, answers)
     parts += questions(answers)
+    parts += arms(found)
     for title, study in experiment.study.items():
         parts += scores(found, title, study)
     for name, figure in experiment.figure.items():
@@ -178,6 +179,32 @@ def points(value: float) -> str:
     return "?" if math.isnan(value) else f"{100 * value:+.1f}"
 
 
+def arms(found: Found) -> list[str]:
+    """What each arm is by the ledger, and the settings that the search chose for it."""
+    firsts: dict[str, Record] = {}
+    for name in found.experiment.study:
+        for _, _, record in found.study(name):
+            firsts.setdefault(record.arm, record)
+    if not firsts:
+        return []
+    base = firsts.get(found.experiment.baseline)
+    rows = [
+        [
+            found.label(arm),
+            si(record.params),
+            si(record.active_params),
+            f"{record.slots:,}" if record.slots else "",
+            si(round(record.flops_per_token)),
+            f"{record.flops_per_token / base.flops_per_token:.3f}" if base else "",
+            told_settings(found.experiment.arm[arm].set | found.now.chosen[found.jobs.tuned_as(arm)]),
+        ]
+        for arm, record in firsts.items()
+    ]
+    head = ["arm", "params", "active", "slots", "FLOPs per token", "of the baseline's", "set for it"]
+    common = told_settings(found.experiment.set)
+    return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows)]
+
+
 SCORES = (
     "recall", "recall.rare", "held_out_loss", "stored_bits", "bits_per_param", "bits_per_mflop", "slots_used",
 )  # fmt: skip
@@ -185,20 +212,19 @@ SCORES = (
 
 def scores(found: Found, name: str, study: Study) -> list[str]:
     """A row for each arm and point of a study."""
-    groups: dict[tuple[str, tuple[tuple[str, object], ...]], list[Record]] = defaultdict(list)
+    groups: dict[tuple[str, tuple[tuple[str, Value], ...]], list[Record]] = defaultdict(list)
     for point, _, record in found.study(name):
         groups[record.arm, tuple(point.items())].append(record)
     if not groups:
         return []
-    baseline = found.experiment.baseline
-    base = next((r.flops_per_token for r in found.now.done.values() if r.arm == baseline), math.nan)
     rows = []
     for (arm, at), records in groups.items():
         first = records[0]
-        cells = [found.label(arm), *(f"{value:,}" for _, value in at), si(first.params), si(first.active_params)]
-        cells += [f"{first.flops_per_token / base:.2f}x", si(first.tokens), f"{first.exposures_per_fact or 0:.1f}"]
+        cells = [found.label(arm), *(f"{value:,}" for _, value in at), si(first.params)]
+        cells += [si(round(first.flops_per_token)), si(first.tokens), f"{first.exposures_per_fact or 0:.1f}"]
         rows.append([*cells, str(len(records)), *(over(records, measure) for measure in SCORES)])
-    head = ["arm", *(name_of(key) for key in study.vary), "params", "active", "FLOPs", "tokens", "exposures", "seeds"]
+    varied = [name_of(key) for key in study.vary]
+    head = ["arm", *varied, "params", "FLOPs per token", "tokens", "exposures per fact", "seeds"]
     return [f"## Study: {name}", "", *table([*head, *map(name_of, SCORES)], rows)]
 
 
@@ -267,14 +293,17 @@ def searched(found: Found) -> list[str]:
     search, rows = found.experiment.search, []
     for arm in found.jobs.tuned_arms():
         trials = [found.now.done.get(job.name) for job in found.jobs.trials(arm)]
-        for settings, record in zip(found.experiment.arm[arm].trials(), trials, strict=True):
+        given = found.experiment.arm[arm]
+        for settings, record in zip(given.trials(), trials, strict=True):
             if record is None:
                 continue
             chosen = found.now.chosen.get(arm) == settings
             cells = [
                 shown(m, record.final[m]) if m in record.final else record.ended for m in ("recall", "held_out_loss")
             ]
-            rows.append([found.label(arm), told_settings(settings), *cells, "**chosen**" if chosen else ""])
+            rows.append(
+                [found.label(arm), told_settings(settings), *cells, chosen_as(settings, given.search) if chosen else ""]
+            )
     if not rows:
         return []
     common = told_settings(found.experiment.set | search.set)
@@ -286,6 +315,12 @@ def searched(found: Found) -> list[str]:
         "",
         *table(["arm", "tried", "recall", "NLL", ""], rows),
     ]
+
+
+def chosen_as(settings: Settings, grid: dict[str, list[Value]]) -> str:
+    """Whether what was chosen has been tried from both sides."""
+    edges = [key for key, values in grid.items() if len(values) > 2 and settings[key] in (values[0], values[-1])]
+    return "**chosen**" + "".join(f", {name_of(key)} at the edge of what was tried" for key in edges)
 
 
 def told_settings(settings: Settings) -> str:
