@@ -7,18 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPO, write
 
+from benchmarks.facts.corpora import require, sha256
 from benchmarks.facts.experiment import read_experiment
 from benchmarks.facts.jobs import Jobs, plan_of
-from benchmarks.facts.records import Records, read_record
-from benchmarks.facts.runner import state
+from benchmarks.facts.records import Records, read_record, record_of
+from benchmarks.facts.runner import Runner, state
 from benchmarks.facts.statistics import difference, estimate, fit, logistic
-from memforge.errors import CheckFailedError, StorageError, UsageError
+from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
+from memforge.report.run import read_run
 
 DENSE = """\
 [model]
@@ -66,6 +69,7 @@ baseline = "plain"
 tolerance = 0.2
 
 [set]
+"data.num_facts" = 20
 "eval.every_steps" = 2
 
 [search]
@@ -160,7 +164,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     first = facts("run", file, "--minutes", "0", cwd=tmp_path)
     assert (first.returncode, first.stderr.splitlines()[-1]) == (
         0,
-        "0 runs done, 11 left: the same command goes on",
+        "0 runs done, 10 left: the same command goes on",
     )
     done = facts("run", file, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -171,8 +175,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
         [
             *(f"search.{arm}.{i}" for arm in ("plain", "table") for i in (0, 1)),
             *(f"{arm}.seed-{seed}" for arm in ("plain", "table") for seed in (1, 2)),
-            "table.num_facts-12.seed-1",
-            "table.num_facts-20.seed-1",
+            "table.data.num_facts-12.seed-1",
             "table-large.seed-1",
         ]
     )
@@ -224,7 +227,7 @@ def test_an_interrupted_experiment_goes_on_where_it_was(file: Path, tmp_path: Pa
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "error: search.plain.0: interrupted, and saved; the same command goes on with it" in errors
+    assert "error: search.plain.0: interrupted; the same command goes on with it" in errors
     (made,) = run.glob("step-*")
     steps = int(made.name.removeprefix("step-"))
     assert facts("run", file, "--minutes", "0.02", cwd=tmp_path).returncode == 0
@@ -241,9 +244,9 @@ def made(file: Path) -> tuple[Jobs, Records]:
                 {
                     "name": job.name, "arm": job.arm, "fingerprint": job.fingerprint, "model_hash": "0",
                     "settings": dict(job.settings), "ended": "done", "params": 1, "active_params": 1, "slots": 0,
-                    "flops_per_token": 1.0, "steps": 1, "tokens": 1, "data": {}, "baselines": {},
-                    "exposures_per_fact": None, "final": {"held_out_loss": random.random()}, "curve": [], "usage": {},
-                    "made": {},
+                    "flops_per_token": 1.0, "forward_flops_per_token": 1.0, "steps": 1, "tokens": 1, "data": {},
+                    "baselines": {}, "exposures_per_fact": None, "final": {"held_out_loss": random.random()},
+                    "curve": [], "usage": {}, "made": {},
                 }
             )  # fmt: skip
             write(records.path(job.name), text)
@@ -270,6 +273,44 @@ def test_an_arm_is_renamed_or_removed_in_the_file_alone(file: Path) -> None:
     assert {record.arm for record in now.done.values()} == {"plain"}
 
 
+def test_what_says_how_a_run_is_kept_is_no_change_of_it(file: Path) -> None:
+    jobs, records = made(file)
+    plan_of.cache_clear()
+    text = EXPERIMENT.replace("tolerance = 0.2", "tolerance = 0.3")
+    write(file, text.replace("[set]", '[set]\n"train.checkpoint_minutes" = 3.0'))
+    assert len(state(Jobs(read_experiment(file), file.parent), records).done) == len(state(jobs, records).done)
+    write(file, EXPERIMENT.replace("[set]", '[corpora]\nairports = "00"\n\n[set]\n"data.source" = "airports"'))
+    with pytest.raises(CheckFailedError, match=r"search\.plain\.0"):
+        state(Jobs(read_experiment(file), file.parent), records)
+
+
+def test_other_facts_than_those_pinned_are_refused_with_what_mends_it() -> None:
+    with pytest.raises(DeviceError, match=r"airports: the installed facts are others .*`make data` installs"):
+        require({"airports": "0" * 64})
+    require({"airports": sha256("airports")})
+    with pytest.raises(UsageError, match=r"corpora\.taxon: sources are airports, taxa"):
+        require({"taxon": ""})
+
+
+def test_a_run_that_diverged_has_no_score(file: Path, tmp_path: Path) -> None:
+    jobs, records = Jobs(read_experiment(file), file.parent), Records(tmp_path / "records")
+    (tmp_path / "scratch").mkdir()
+    runner, job = Runner(jobs, records, tmp_path / "scratch"), jobs.trials("plain")[0]
+    well = runner.train(job)
+    assert well is not None
+    assert well.figure("recall") is not None
+    run = read_run(tmp_path / "scratch" / job.name)
+    assert run.summary is not None
+    ended = replace(run, summary=run.summary.model_copy(update={"ended": "non-finite"}))
+    found = record_of(job, ended, {})
+    assert (found.ended, found.final) == ("non-finite", {})
+    assert (found.figure("recall"), found.figure("recalled_bits")) == (None, None)
+    # What has finished and was not yet recorded is taken up, not trained again.
+    again = runner.train(job)
+    assert again is not None
+    assert again.differences(well) == []
+
+
 def test_a_record_that_is_damaged_is_named(file: Path) -> None:
     jobs, records = made(file)
     write(records.path("search.plain.0"), "{")
@@ -287,6 +328,11 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
         ('than = "plain"', 'than = "plane"', "question: plane is none of"),
         ('study = "sizes"', 'study = "size"', "figure.sizes.study: size is none of"),
         ("seeds = [1, 2]", "seeds = []", "study.core.seeds: List should have at least 1 item"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "study.core.seeds: one is there twice"),
+        ('x = "slots"', 'x = "slot"', "figure.sizes.x: slot is none of"),
+        ('measure = "held_out_loss"', 'measure = "recal"', "search.measure: recal is none of"),
+        ('y = "recall"', 'y = "recalled_bits"', "figure.course.y: recalled_bits is none of"),
+        ('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-3]', "study.counts: .* is set by the arm"),
         ("[search]", "[search", "Expected ']' at the end of a table declaration"),
     ],
 )
@@ -314,16 +360,40 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     assert not estimate([1.0]).known
 
 
-def test_the_law_is_found_in_what_follows_it() -> None:
+def test_the_law_is_found_in_what_follows_it_from_its_floor() -> None:
     rng = np.random.default_rng(2)
     x = np.repeat(2.0 ** np.arange(8, 22, 2), 3)
-    y = logistic(np.log(x), 0.8, np.log(5000.0), 0.7) + rng.normal(0, 0.005, len(x))
-    law = fit([*zip(x.tolist(), y.tolist(), strict=True)])
+    y = logistic(np.log(x), 0.1, 0.8, np.log(5000.0), 0.7) + rng.normal(0, 0.005, len(x))
+    law = fit([*zip(x.tolist(), y.tolist(), strict=True)], 0.1)
     assert law is not None
     assert law.top == pytest.approx(0.8, abs=0.03)
     assert law.half == pytest.approx(5000, rel=0.15)
     assert law.slope == pytest.approx(0.7, rel=0.1)
     for found, (low, high) in zip((0.8, 5000.0, 0.7), law.intervals, strict=True):
         assert low < found < high
-    assert law.at(law.stops_at) == pytest.approx(0.9 * law.top)
-    assert fit([(1.0, 0.1), (2.0, 0.2), (4.0, 0.3)]) is None
+    assert law.stops_at is not None
+    assert law.at(law.stops_at) == pytest.approx(0.1 + 0.9 * (law.top - 0.1))
+
+
+def test_intervals_of_the_law_hold_its_top_as_often_as_they_say() -> None:
+    rng, x = np.random.default_rng(3), np.repeat(2.0 ** np.arange(12, 20, 2), 3)
+    held = []
+    for _ in range(200):
+        y = logistic(np.log(x), 0.1, 0.5, np.log(2.0**14), 1.0) + rng.normal(0, 0.01, len(x))
+        law = fit([*zip(x.tolist(), y.tolist(), strict=True)], 0.1)
+        assert law is not None
+        held.append(law.intervals[0][0] <= 0.5 <= law.intervals[0][1])
+    assert np.mean(held) == pytest.approx(0.95, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1.0, 0.1), (2.0, 0.2), (4.0, 0.3)],
+        [(float(2**i), 0.1 * i) for i in range(1, 6)],  # a line in log x has no top
+        [(0.0, 0.1), (1.0, 0.1), (2.0, 0.2), (4.0, 0.3), (8.0, 0.3)],
+    ],
+)
+def test_no_end_is_claimed_that_the_points_do_not_show(points: list[tuple[float, float]]) -> None:
+    law = fit(points)
+    assert law is None or law.stops_at is None

@@ -8,17 +8,19 @@ python -m benchmarks.facts repeat EXPERIMENT.toml --count 3    # train some fini
 
 import random
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from benchmarks.facts.corpora import require
 from benchmarks.facts.experiment import Experiment, read_experiment
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.records import Records
 from benchmarks.facts.runner import Runner, State, only_one, state
-from memforge.errors import CheckFailedError, MemforgeError
+from memforge.errors import CheckFailedError, DeviceError, MemforgeError, UsageError
 from memforge.report.console import console, plain
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -54,12 +56,11 @@ def run(
     scratch: Scratch = None,
 ) -> None:
     """Train what is left, in the order of the file, and write the report."""
-    from benchmarks.facts.corpora import require
-
     bench = Bench(file, out, scratch)
     bench.jobs.require_parity()
     require(bench.experiment.corpora)
-    with only_one(bench.scratch):
+    require_headline()
+    with only_one(bench.scratch, bench.out):
         now = Runner(bench.jobs, bench.records, bench.scratch, minutes).run()
     left = len(now.left) + now.waiting
     plain(f"{len(now.done)} runs done" + (f", {left} left: the same command goes on" if left else ""), stderr=True)
@@ -99,7 +100,10 @@ def repeat(
 ) -> None:
     """Train finished runs again. Exit 1 where one does not come out the same to the byte, `made` aside."""
     bench = Bench(file, out, scratch)
+    require(bench.experiment.corpora)
     done = bench.state().done
+    if not done:
+        raise UsageError(f"{file}: no run is finished")
     drawn = random.Random(seed).sample(sorted(done), min(count, len(done)))
     jobs = {job.name: job for job in bench.jobs.all(bench.state().chosen)}
     different = []
@@ -109,14 +113,23 @@ def repeat(
         for name in drawn:
             again = runner.train(jobs[name])
             assert again is not None
-            same = again.same_as(done[name])
-            plain(f"{name}: {'the same' if same else 'DIFFERENT'} ({again.made['seconds']:.0f} s)")
-            different += [] if same else [name]
+            runner.forget(jobs[name])
+            found = again.differences(done[name])
+            plain(f"{name}: {'DIFFERENT: ' + ', '.join(found) if found else 'the same'}, {again.made['seconds']:.0f} s")
+            different += [name] if found else []
     if different:
         raise CheckFailedError(f"not what was found before: {', '.join(different)}")
 
 
+def require_headline() -> None:
+    """Raises DeviceError where what the report is made with is not installed: known before hours of training."""
+    missing = [name for name in ("matplotlib", "scipy") if find_spec(name) is None]
+    if missing:
+        raise DeviceError(f"the report needs {' and '.join(missing)}: pip install -c constraints.txt -e '.[headline]'")
+
+
 def write_report(bench: Bench, now: State) -> None:
+    require_headline()
     from benchmarks.facts.report import write
 
     write(bench.experiment, bench.jobs, now, bench.out)

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 
-from memforge.errors import DeviceError
-from memforge.training.data.corpus import digest
-from memforge.training.data.facts import SOURCES
+from memforge.errors import DeviceError, UsageError
 
 
 def sha256(source: str) -> str:
     """Of all facts of a source and the phrasings they are told in. Raises DeviceError where it is not installed."""
+    from memforge.training.data.corpus import digest
+    from memforge.training.data.facts import SOURCES
+
+    if source not in SOURCES:
+        raise UsageError(f"corpora.{source}: sources are {', '.join(SOURCES)}")
     given = SOURCES[source]
     told = (f"{fact.subject}\t{fact.answer}" for fact in given.facts())
     return digest([*given.phrasings, *given.rare_phrasings, *told])

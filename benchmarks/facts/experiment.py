@@ -6,6 +6,7 @@ for the same training share it.
 
 import itertools
 import re
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,13 +19,20 @@ Value: TypeAlias = bool | int | float | str | list[int]
 Settings: TypeAlias = dict[str, Value]
 NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 SEED = "train.seed"
+# What a record knows of a run: shares, other scores, and what follows from them and the ledger.
+SHARES = ("recall", "recall.rare")
+SCORES = (*SHARES, "held_out_loss", "held_out_loss.rare")
+MEASURES = (
+    *SCORES, "recalled_bits", "bits_per_param", "bits_per_mflop", "slots_used", "slots", "params", "active_params",
+    "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
+)  # fmt: skip
 
 
-class Table(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-class Arm(Table):
+class Arm(Section):
     """A spec beside the experiment's file, and how it came by its hyper-parameters.
 
     `times` is what its FLOPs per token are of the baseline's. `search` are the values to be tried, key by key, in all
@@ -48,7 +56,7 @@ class Arm(Table):
         return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
 
 
-class Search(Table):
+class Search(Section):
     """Every tuned arm gets `trials` trials with these settings; the best by `measure` is what studies use."""
 
     trials: Annotated[int, Field(ge=1)]
@@ -58,7 +66,7 @@ class Search(Table):
     set: Settings = {}
 
 
-class Study(Table):
+class Study(Section):
     """Arms trained with every seed, at each value of the keys in `vary`."""
 
     arms: Annotated[list[str], Field(min_length=1)]
@@ -70,7 +78,7 @@ class Study(Table):
         return [dict(zip(self.vary, values, strict=True)) for values in itertools.product(*self.vary.values())]
 
 
-class Question(Table):
+class Question(Section):
     """Whether one arm has more of a measure than another in a study, seed by seed."""
 
     text: str
@@ -82,10 +90,11 @@ class Question(Table):
     paper_says: Literal["more", "less", "unclear"]
 
 
-class Figure(Table):
+class Figure(Section):
     """A picture of a study: a measure over what the ledger or the settings say (`x`), or over the course of a run.
 
-    Points of one arm are joined where `join` is "arms"; a `law` is fitted to all points that are joined.
+    `join` says which points make a line: those of an arm, all of the study, or the rows of a run. A `law` is fitted to
+    all points; it starts from what the arm `floor` has at the same seeds, or from 0.
     """
 
     title: str
@@ -96,10 +105,11 @@ class Figure(Table):
     log_x: bool = True
     log_y: bool = False
     law: Literal["none", "logistic"] = "none"
+    floor: str | None = None
     note: str = ""
 
 
-class Ablation(Table):
+class Ablation(Section):
     """A table of a study, with what the paper found beside it."""
 
     title: str
@@ -109,7 +119,7 @@ class Ablation(Table):
     note: str = ""
 
 
-class Experiment(Table):
+class Experiment(Section):
     """A whole file. `corpora` are the SHA-256 of the sources of facts that it was made with."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -141,18 +151,39 @@ class Experiment(Table):
                 raise ValueError(f"arm.{name}.search: {found} trials, and search.trials = {self.search.trials} for all")
         for name, study in self.study.items():
             self._known(f"study.{name}.arms", study.arms, self.arm)
+            if len(set(study.seeds)) < len(study.seeds):
+                raise ValueError(f"study.{name}.seeds: one is there twice")
+            for trained in study.arms:
+                tuned = self.arm[self.arm[trained].tuned_as or trained].search
+                self._free(f"study.{name}", study.set | study.vary, {*tuned, *self.arm[trained].set})
+        for name, arm in self.arm.items():
+            self._free(f"arm.{name}.set", arm.set, self.arm[arm.tuned_as or name].search)
+        self._known("search.measure", [self.search.measure], MEASURES)
         for name, figure in self.figure.items():
             self._known(f"figure.{name}.study", [figure.study], self.study)
+            self._known(f"figure.{name}.x", [figure.x], {*MEASURES, *self.study[figure.study].vary})
+            self._known(f"figure.{name}.y", [figure.y], SCORES if figure.join == "runs" else MEASURES)
+            self._known(f"figure.{name}.floor", [figure.floor] if figure.floor else [], self.arm)
         for name, ablation in self.ablation.items():
             self._known(f"ablation.{name}.study", [ablation.study], self.study)
             self._known(f"ablation.{name}.paper", list(ablation.paper), self.study[ablation.study].arms)
         for question in self.question:
             self._known("question.study", [question.study], self.study)
             self._known("question", [question.arm, question.than], self.study[question.study].arms)
+            self._known("question.measure", [question.measure], SHARES)
+            if self.study[question.study].vary:
+                raise ValueError(f"question.study: {question.study} varies a key; a question is about one point")
         return self
 
     @staticmethod
-    def _known(key: str, names: list[str], known: Any) -> None:
+    def _free(key: str, settings: Mapping[str, Any], taken: Container[str]) -> None:
+        """What is set in two places would be that of the last, in silence."""
+        for name in settings:
+            if name == SEED or name in taken:
+                raise ValueError(f"{key}: {name} is set by the arm, its search or the seed")
+
+    @staticmethod
+    def _known(key: str, names: list[str], known: Collection[str]) -> None:
         for name in names:
             if name not in known:
                 raise ValueError(f"{key}: {name} is none of {', '.join(known)}")

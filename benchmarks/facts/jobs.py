@@ -15,15 +15,22 @@ from memforge.parity import Axis, claimed, report_seq_len, require
 from memforge.plan import Plan, make_plan
 from memforge.spec import load_spec
 
+# Settings of [train] that say how a run is kept and not what it finds.
+KEEPING = frozenset(
+    ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "async_checkpoints", "data_workers", "tensorboard")
+)
+
 
 @dataclass(frozen=True)
 class Job:
-    """One training: the spec of an arm and all that is set in it, in order."""
+    """One training: the spec of an arm, all that is set in it, in order, and what its facts are pinned to."""
 
     name: str
     arm: str
     spec: Path
     settings: Mapping[str, Value]
+    facts: str
+    threads: int
 
     @property
     def overrides(self) -> list[str]:
@@ -35,8 +42,12 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the plan: of all that decides what the training finds."""
-        return hashlib.sha256(self.plan().to_json().encode()).hexdigest()
+        """SHA-256 of all that decides what the training finds. What has its default is left out, as new keys will."""
+        plan = self.plan()
+        run = plan.run.model_dump(mode="json", exclude_defaults=True)
+        run["train"] = {key: value for key, value in run["train"].items() if key not in KEEPING}
+        decides = [plan.model.model_hash, run, self.facts, self.threads]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 @cache
@@ -56,7 +67,8 @@ class Jobs:
         merged: Settings = dict(self.experiment.set)
         for more in (given.set, *settings):
             merged |= more
-        return Job(name, arm, self.directory / given.spec, merged)
+        facts = self.experiment.corpora.get(str(merged.get("data.source")), "")
+        return Job(name, arm, self.directory / given.spec, merged, facts, self.experiment.threads)
 
     def trials(self, arm: str) -> list[Job]:
         """Those that tune an arm."""
@@ -79,7 +91,7 @@ class Jobs:
         """What differs from what all have is in the name, so that studies share what they have in common."""
         given = study.set | point
         common = self.experiment.set
-        parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in given.items() if common.get(key) != value]
+        parts = [f"{key}-{value}" for key, value in given.items() if common.get(key) != value]
         return self._job(".".join([arm, *sorted(parts), f"seed-{seed}"]), arm, given, chosen, {SEED: seed})
 
     def all(self, chosen: Mapping[str, Settings]) -> Iterator[Job]:
@@ -98,12 +110,14 @@ class Jobs:
         return [arm for arm in self.experiment.arm if arm in used]
 
     def require_parity(self) -> dict[str, Axis]:
-        """FLOPs of each arm beside those of the baseline. Raises CheckFailedError where one is not what it claims."""
+        """FLOPs of each arm beside those of the baseline. Raises CheckFailedError where one is not what it claims, and
+        SpecError where a setting of any job is a mistake.
+        """
+        for job in self.all({arm: self.experiment.arm[arm].trials()[0] for arm in self.tuned_arms()}):
+            require(claimed(job.plan()))
         baseline = self._costs(self.experiment.baseline)
         found = {}
         for name, arm in self.experiment.arm.items():
-            plan = self._job(name, name).plan()
-            require(claimed(plan))
             axis = Axis("flops", self._costs(name), baseline, None)
             if abs(axis.ratio / arm.times - 1) > self.experiment.tolerance:
                 raise CheckFailedError(

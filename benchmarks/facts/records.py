@@ -2,21 +2,20 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.facts.experiment import Settings
+from benchmarks.facts.experiment import SCORES, Settings
 from benchmarks.facts.jobs import Job
 from memforge.cost import estimate
 from memforge.errors import StorageError
 from memforge.plan import Plan
 from memforge.report.run import LAYER_MEASURES, Run
-from memforge.storage import json_text, replace_file
-
-SCORES = ("recall", "held_out_loss", "recall.rare", "held_out_loss.rare")
+from memforge.storage import json_text, replace_file, storage_errors
 
 
 class Record(BaseModel):
@@ -34,6 +33,7 @@ class Record(BaseModel):
     active_params: int
     slots: int
     flops_per_token: float
+    forward_flops_per_token: float
     steps: int
     tokens: int
     data: dict[str, int | float | str]
@@ -44,12 +44,10 @@ class Record(BaseModel):
     usage: dict[str, dict[str, float]]
     made: dict[str, Any]
 
-    def same_as(self, other: "Record") -> bool:
-        """Whether both found the same to the byte."""
-        return self._found() == other._found()
-
-    def _found(self) -> str:
-        return json_text(self.model_dump(exclude={"made"}))
+    def differences(self, other: "Record") -> list[str]:
+        """The fields, `made` aside, that the two do not have to the byte."""
+        ours, theirs = (record.model_dump(exclude={"made"}) for record in (self, other))
+        return [name for name in ours if json_text(ours[name]) != json_text(theirs[name])]
 
     def figure(self, name: str) -> float | None:
         """A score, a count of the ledger, a setting, or one of the quantities below, by name; None if it has none."""
@@ -61,31 +59,34 @@ class Record(BaseModel):
         return float(found) if isinstance(found, int | float) else None
 
 
-def _stored_bits(record: Record) -> float | None:
-    """Bits of answers that the model knows beyond how frequent each is, all facts together; at least 0."""
+def _recalled_bits(record: Record) -> float | None:
+    """Bits of answers, asked for in phrasings that their facts were not trained in, that the model knows beyond how
+    frequent each answer is, all facts together. Below 0: it is worse than those frequencies.
+    """
     if "held_out_loss" not in record.final:
         return None
     unknown = record.final["held_out_loss"] * float(record.data["answer_tokens"]) / math.log(2)
-    return max(0.0, float(record.data["answer_bits"]) - unknown) * float(record.data["facts"])
+    return (float(record.data["answer_bits"]) - unknown) * float(record.data["facts"])
 
 
 def _bits_per(record: Record, of: float) -> float | None:
-    bits = _stored_bits(record)
+    bits = _recalled_bits(record)
     return None if bits is None else bits / of
+
+
+def _slots_used(record: Record) -> float | None:
+    """The mean over the layers that read slots, each over the last steps before a row of the log."""
+    used = [layer["slots_used"] for layer in record.usage.values()]
+    return fmean(used) if used else None
 
 
 DERIVED: dict[str, Callable[[Record], float | None]] = {
     "train_flops": lambda record: record.flops_per_token * record.tokens,
-    "stored_bits": _stored_bits,
+    "recalled_bits": _recalled_bits,
     "bits_per_param": lambda record: _bits_per(record, record.params),
     "bits_per_mflop": lambda record: _bits_per(record, record.flops_per_token / 1e6),
-    "slots_used": lambda record: _mean(layer["slots_used"] for layer in record.usage.values()),
+    "slots_used": _slots_used,
 }
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
 
 
 def record_of(job: Job, run: Run, made: dict[str, Any]) -> Record:
@@ -102,6 +103,9 @@ def record_of(job: Job, run: Run, made: dict[str, Any]) -> Record:
     ]
     layers = sorted({name.rpartition(".")[0] for name in metrics.columns if name.endswith(".slots_used")})
     steps = int(metrics.steps[-1]) if metrics.steps else 0
+    cost = estimate(plan.model, seq_len=train.seq_len, devices=())
+    # What was scored before a run diverged is not what it came to.
+    final = {} if summary.ended == "non-finite" else summary.final
     return Record(
         name=job.name,
         arm=job.arm,
@@ -112,13 +116,14 @@ def record_of(job: Job, run: Run, made: dict[str, Any]) -> Record:
         params=sum(row.numel for row in plan.model.params),
         active_params=sum(row.active for row in plan.model.params),
         slots=_slots(plan),
-        flops_per_token=float(estimate(plan.model, seq_len=train.seq_len, devices=()).exact_axes()["flops"]),
+        flops_per_token=float(cost.exact_axes()["flops"]),
+        forward_flops_per_token=cost.flops()[0] / cost.tokens,
         steps=steps,
         tokens=steps * train.batch_size * train.seq_len,
         data=summary.data,
         baselines=summary.baselines,
         exposures_per_fact=summary.exposures_per_fact,
-        final={name: summary.final[name] for name in (*SCORES, "loss") if name in summary.final},
+        final={name: final[name] for name in (*SCORES, "loss") if name in final},
         curve=curve,
         usage={
             layer: {
@@ -148,22 +153,23 @@ class Records:
         return self.directory / f"{name}.json"
 
     def read(self, job: Job) -> Record | None:
-        """The record of a job, None if it has none. Raises StorageError for one that was made of another arm."""
+        """The record of a job, None if it has none. Raises StaleError for another's, StorageError."""
         path = self.path(job.name)
         if not path.exists():
             return None
         record = read_record(path)
-        if record.fingerprint != job.fingerprint:
+        if (record.name, record.arm, record.fingerprint) != (job.name, job.arm, job.fingerprint):
             raise StaleError(job.name)
         return record
 
     def write(self, record: Record) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         replace_file(self.path(record.name), json_text(record.model_dump()))
 
 
 class StaleError(Exception):
-    """The record of this name is of another arm than the job."""
+    """What has the name of a job was made of another arm, or by hand."""
 
 
 def read_record(path: Path) -> Record:
@@ -171,5 +177,8 @@ def read_record(path: Path) -> Record:
         return Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from None
-    except (ValueError, ValidationError):
-        raise StorageError(f"{path}: damaged; delete it and it is made again") from None
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise StorageError(f"{path}: damaged at `{where}`; delete it, and it is made again") from None
+    except ValueError:
+        raise StorageError(f"{path}: damaged; delete it, and it is made again") from None

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.facts.experiment import Ablation, Experiment, Figure, Question, Settings, Study, Value
 from benchmarks.facts.jobs import Jobs
@@ -21,7 +22,7 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "recall.rare": ("recall, rare phrasings", lambda value: f"{100 * value:.1f}%"),
     "held_out_loss": ("NLL per answer token", lambda value: f"{value:.3f}"),
     "held_out_loss.rare": ("NLL, rare phrasings", lambda value: f"{value:.3f}"),
-    "stored_bits": ("bits stored", lambda value: si(round(value))),
+    "recalled_bits": ("bits recalled", lambda value: si(round(value))),
     "bits_per_param": ("bits per parameter", lambda value: f"{value:.4f}"),
     "bits_per_mflop": ("kbit per MFLOP a token", lambda value: f"{value / 1e3:.1f}"),
     "slots_used": ("slots used", lambda value: f"{100 * value:.1f}%"),
@@ -73,6 +74,12 @@ class Found:
             for _, seed, record in self.study(study)
             if record.arm == arm and (value := record.figure(measure)) is not None
         }
+
+    def of_arm(self, arm: str, measure: str) -> list[float]:
+        """The measure of an arm by seed, over all studies that vary no key."""
+        plain = [name for name, study in self.experiment.study.items() if arm in study.arms and not study.vary]
+        found = {seed: value for name in plain for seed, value in self.by_seed(name, arm, measure).items()}
+        return list(found.values())
 
     def label(self, arm: str) -> str:
         return self.experiment.arm[arm].label
@@ -156,12 +163,13 @@ def questions(answers: list[Answer]) -> list[str]:
         "## Answers",
         "",
         *table(
-            ["question", "answer", "difference, 95% interval", "ours", "against", "in the paper"],
+            ["question", "answer", "difference, 95% interval", "seeds", "ours", "against", "in the paper"],
             (
                 [
                     a.question.text,
                     f"**{SAYS[a.verdict]}**",
                     f"{points(a.more.mean)} [{points(a.more.low)}, {points(a.more.high)}]",
+                    str(a.more.count),
                     interval(a.question.measure, a.ours),
                     interval(a.question.measure, a.theirs),
                     a.question.paper,
@@ -170,7 +178,8 @@ def questions(answers: list[Answer]) -> list[str]:
             ),
         ),
         "Differences are in percentage points, seed by seed: both arms of a seed train on the same facts in the same "
-        "order. Intervals are Student's t over seeds.",
+        "order. Intervals are Student's t over seeds, each by itself: of "
+        f"{len(answers)} intervals of 95% about {0.05 * len(answers):.1f} miss.",
         "",
     ]
 
@@ -196,17 +205,19 @@ def arms(found: Found) -> list[str]:
             f"{record.slots:,}" if record.slots else "",
             si(round(record.flops_per_token)),
             f"{record.flops_per_token / base.flops_per_token:.3f}" if base else "",
+            f"{record.forward_flops_per_token / base.forward_flops_per_token:.3f}" if base else "",
             told_settings(found.experiment.arm[arm].set | found.now.chosen[found.jobs.tuned_as(arm)]),
         ]
         for arm, record in firsts.items()
     ]
-    head = ["arm", "params", "active", "slots", "FLOPs per token", "of the baseline's", "set for it"]
+    head = ["arm", "params", "active", "slots", "FLOPs per token", "times the baseline", "forward alone", "set for it"]
     common = told_settings(found.experiment.set)
-    return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows)]
+    note = "FLOPs are forward and backward: tables have no gradient with respect to what they are multiplied with."
+    return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows), note, ""]
 
 
 SCORES = (
-    "recall", "recall.rare", "held_out_loss", "stored_bits", "bits_per_param", "bits_per_mflop", "slots_used",
+    "recall", "recall.rare", "held_out_loss", "recalled_bits", "bits_per_param", "bits_per_mflop", "slots_used",
 )  # fmt: skip
 
 
@@ -222,7 +233,9 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
         first = records[0]
         cells = [found.label(arm), *(f"{value:,}" for _, value in at), si(first.params)]
         cells += [si(round(first.flops_per_token)), si(first.tokens), f"{first.exposures_per_fact or 0:.1f}"]
-        rows.append([*cells, str(len(records)), *(over(records, measure) for measure in SCORES)])
+        diverged = sum(record.ended != "done" for record in records)
+        count = f"{len(records)}, {diverged} of them diverged" if diverged else str(len(records))
+        rows.append([*cells, count, *(over(records, measure) for measure in SCORES)])
     varied = [name_of(key) for key in study.vary]
     head = ["arm", *varied, "params", "FLOPs per token", "tokens", "exposures per fact", "seeds"]
     return [f"## Study: {name}", "", *table([*head, *map(name_of, SCORES)], rows)]
@@ -243,28 +256,32 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
         return []
     law = None
     if figure.law != "none":
-        law = fit([(p.x, p.y) for points in lines.values() for p in points])
+        floor = found.of_arm(figure.floor, figure.y) if figure.floor else []
+        law = fit([(p.x, p.y) for points in lines.values() for p in points], fmean(floor) if floor else 0.0)
     draw(figure, lines, law, out / f"{name}.svg", (name_of(figure.x), name_of(figure.y)), shown)
     text = [f"## {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
     if figure.note:
         text += [figure.note, ""]
     if law is not None:
-        text += [told(law, figure, lines), ""]
+        text += [told(law, figure), ""]
     return text
 
 
-def told(law: Law, figure: Figure, lines: dict[str, list[Point]]) -> str:
+def told(law: Law, figure: Figure) -> str:
     """The law in words: its three numbers with their intervals, and where it stops."""
     (top_low, top_high), (half_low, half_high), (slope_low, slope_high) = law.intervals
-    most = max(point.x for points in lines.values() for point in points)
-    x = name_of(figure.x)
-    beyond = "beyond what was measured" if law.stops_at > most else "within what was measured"
+    x, y, stops = name_of(figure.x), name_of(figure.y), law.stops_at
+    end = "the points do not show where it stops" if stops is None else f"90% of the way is made at {number(stops)} {x}"
+    formula = f"{law.floor:.3f} + {law.top - law.floor:.3f} / (1 + ({number(law.half)} / {x})^{law.slope:.2f})"
+    half = f"half of the way at {number(half_low)} to {number(half_high)} {x}"
     return (
-        f"Fitted: {name_of(figure.y)} = {law.top:.3f} / (1 + ({si(round(law.half))} / {x})^{law.slope:.2f}), root "
-        f"mean square of the residuals {law.residual:.4f}. 95% by resampling: top {top_low:.3f} to {top_high:.3f}, "
-        f"half of it at {si(round(half_low))} to {si(round(half_high))} {x}, exponent {slope_low:.2f} to "
-        f"{slope_high:.2f}. It reaches 90% of its top at {si(round(law.stops_at))} {x}, {beyond}."
+        f"Fitted: {y} = {formula}, root mean square of the residuals {law.residual:.4f}. 95% intervals: top "
+        f"{top_low:.3f} to {top_high:.3f}, {half}, exponent {slope_low:.2f} to {slope_high:.2f}; {end}."
     )
+
+
+def number(value: float) -> str:
+    return si(round(value)) if 1 <= value < 1e15 else f"{value:.1e}"
 
 
 def ablated(found: Found, ablation: Ablation) -> list[str]:
@@ -310,8 +327,8 @@ def searched(found: Found) -> list[str]:
     return [
         "## Search",
         "",
-        f"{search.trials} trials for every arm, on facts of another source: {common}, seed {search.seed}. Chosen by "
-        f"{search.measure}, the {search.best}.",
+        f"{search.trials} trials for every arm: {common}, seed {search.seed}. Chosen by {name_of(search.measure)}, the "
+        f"{search.best}.",
         "",
         *table(["arm", "tried", "recall", "NLL", ""], rows),
     ]
@@ -319,7 +336,7 @@ def searched(found: Found) -> list[str]:
 
 def chosen_as(settings: Settings, grid: dict[str, list[Value]]) -> str:
     """Whether what was chosen has been tried from both sides."""
-    edges = [key for key, values in grid.items() if len(values) > 2 and settings[key] in (values[0], values[-1])]
+    edges = [key for key, values in grid.items() if len(values) > 1 and settings[key] in (values[0], values[-1])]
     return "**chosen**" + "".join(f", {name_of(key)} at the edge of what was tried" for key in edges)
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from memforge.report.console import plain
 from memforge.report.run import read_run
 
 TRAIN = [sys.executable, "-m", "memforge", "train"]
-NON_FINITE, INTERRUPTED = 5, (130, 143)
+NON_FINITE = 5
 
 
 class TrainingFailedError(MemforgeError):
@@ -94,14 +94,17 @@ def best(experiment: Experiment, arm: str, found: list[Record]) -> Settings:
 
 
 @contextmanager
-def only_one(scratch: Path) -> Iterator[None]:
-    """Inside, no other process runs this experiment. Raises UsageError if one does."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{scratch}: another process runs this experiment") from None
+def only_one(*directories: Path) -> Iterator[None]:
+    """Inside, no other process trains into these directories. Raises UsageError if one does."""
+    with ExitStack() as stack:
+        for directory in directories:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((directory / ".lock").open("w"))
+            os.set_inheritable(file.fileno(), True)  # a training that outlives this process holds it too
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{directory}: another process runs this experiment") from None
         yield
 
 
@@ -130,6 +133,7 @@ class Runner:
             if record is None:
                 return state(self.jobs, self.records)
             self.records.write(record)
+            self.forget(job)
             plain(f"  {told(record)}", stderr=True)
 
     def train(self, job: Job) -> Record | None:
@@ -144,11 +148,9 @@ class Runner:
             command += ["--max-minutes", f"{max(left, 0.1):.2f}"]
         load = os.getloadavg()[0]
         with log.open("a") as file:
-            code = watched(command, file, self.jobs.experiment.threads)
-        if code in INTERRUPTED:
-            raise InterruptedRunError(
-                f"{job.name}: interrupted, and saved; the same command goes on with it", code - 128
-            )
+            code, stopped_by = watched(command, file, self.jobs.experiment.threads)
+        if stopped_by is not None:
+            raise InterruptedRunError(f"{job.name}: interrupted; the same command goes on with it", stopped_by)
         if code not in (0, NON_FINITE) or not (out / "summary.json").exists():
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise TrainingFailedError(f"{job.name}: memforge train ended with {code}: {''.join(last)} (see {log})")
@@ -156,10 +158,12 @@ class Runner:
         assert run.summary is not None
         if run.summary.ended == "budget":
             return None
-        record = record_of(job, run, made(self.jobs, run.summary.training_seconds or 0.0, load))
-        shutil.rmtree(out)
-        log.unlink()
-        return record
+        return record_of(job, run, made(self.jobs, run.summary.training_seconds or 0.0, load))
+
+    def forget(self, job: Job) -> None:
+        """Delete what a training has left, once there is a record of it."""
+        shutil.rmtree(self.scratch / job.name, ignore_errors=True)
+        (self.scratch / f"{job.name}.log").unlink(missing_ok=True)
 
     @staticmethod
     def _is_begun(out: Path, job: Job) -> bool:
@@ -171,17 +175,29 @@ class Runner:
         return same and any(out.glob("step-*"))
 
 
-def watched(command: list[str], log: IO[str], threads: int) -> int:
-    """The exit code of a training; what this process is told to stop with, it is told too, and waited for."""
+def watched(command: list[str], log: IO[str], threads: int) -> tuple[int, int | None]:
+    """The exit code of a training, and the signal that this process was told to stop with: the training is told too,
+    and waited for.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    # In a session of its own, so that a Ctrl-C reaches it once.
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    before = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    stopped_by = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, _: object) -> None:
+        nonlocal stopped_by
+        stopped_by = number
+        if process is not None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        return process.wait()
+        # In a session of its own, so that a Ctrl-C reaches it once.
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, start_new_session=True, close_fds=False
+        )
+        if stopped_by is not None:
+            process.send_signal(stopped_by)
+        return process.wait(), stopped_by
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

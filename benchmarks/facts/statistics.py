@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
@@ -23,9 +24,6 @@ class Estimate:
     def known(self) -> bool:
         return self.count > 1
 
-    def __add__(self, shift: float) -> "Estimate":
-        return Estimate(self.mean + shift, self.low + shift, self.high + shift, self.count)
-
 
 def estimate(values: Sequence[float]) -> Estimate:
     mean, count = float(np.mean(values)), len(values)
@@ -43,58 +41,54 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Law:
-    """share = top / (1 + (half / x) ** slope): a logistic in log x that may end below 1.
+    """share = floor + (top - floor) / (1 + (half / x) ** slope): a logistic in log x from a floor that is given.
 
-    `intervals` are the 95% of top, half and slope from resampled points; `residual` is the root mean square of what the
-    law leaves. `stops_at` is the x at which 90% of `top` is reached.
+    `intervals` are the 95% of top, half and slope by the curvature of the squares at the fit; `residual` is the root
+    mean square of what the law leaves. `largest` is the largest x it was fitted to.
     """
 
+    floor: float
     top: float
     half: float
     slope: float
     residual: float
     intervals: tuple[tuple[float, float], ...]
+    largest: float
 
-    def at(self, x: np.ndarray | float) -> np.ndarray | float:
-        return logistic(np.log(x), self.top, math.log(self.half), self.slope)
+    def at(self, x: Any) -> Any:
+        return logistic(np.log(x), self.floor, self.top, math.log(self.half), self.slope)
 
     @property
-    def stops_at(self) -> float:
-        return float(self.half * 9 ** (1 / self.slope))
+    def stops_at(self) -> float | None:
+        """The x of 90% of the way to the top; None where the points do not tell: it is beyond them, or no top is."""
+        x = float(self.half * 9 ** (1 / self.slope))
+        return x if x <= self.largest and self.intervals[0][1] < 1 else None
 
 
-def logistic(log_x: np.ndarray | float, top: float, log_half: float, slope: float) -> np.ndarray | float:
-    return top / (1 + np.exp(slope * (log_half - log_x)))
+def logistic(log_x: Any, floor: float, top: float, log_half: float, slope: float) -> Any:
+    return floor + (top - floor) / (1 + np.exp(slope * (log_half - log_x)))
 
 
-def fit(points: Sequence[tuple[float, float]], *, resamples: int = 200) -> Law | None:
-    """The law through (x, share) points by least squares; None when there are fewer than four different x."""
+def fit(points: Sequence[tuple[float, float]], floor: float = 0.0) -> Law | None:
+    """The law through (x, share) points by least squares; None of fewer than four x, or where no law is found."""
     x, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    if len(set(x.tolist())) < 4:
+    if len(np.unique(x)) < 4 or x.min() <= 0:
         return None
-    best = _fitted(np.log(x), y)
-    if best is None:
-        return None
-    rng, places = np.random.default_rng(0), [np.flatnonzero(x == at) for at in np.unique(x)]
-    found = []
-    for _ in range(resamples):
-        # Seeds are drawn anew at each x, so that no draw leaves fewer x than the law has parameters.
-        drawn = np.concatenate([rng.choice(place, len(place)) for place in places])
-        again = _fitted(np.log(x[drawn]), y[drawn])
-        found += [] if again is None else [again]
-    bounds = np.quantile(np.array(found), [0.025, 0.975], axis=0)
-    residual = float(np.sqrt(np.mean((logistic(np.log(x), *best) - y) ** 2)))
-    bounds[:, 1] = np.exp(bounds[:, 1])
-    intervals = tuple((float(low), float(high)) for low, high in bounds.T)
-    return Law(best[0], math.exp(best[1]), best[2], residual, intervals)
-
-
-def _fitted(log_x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None:
+    log_x = np.log(x)
     start = (min(1.0, float(y.max()) * 1.2), float(np.mean(log_x)), 1.0)
-    bounds = ((0.0, float(log_x.min()) - 20, 0.01), (1.0, float(log_x.max()) + 20, 20.0))
+    bounds = ((floor, float(log_x.min()) - 20, 0.01), (1.0, float(log_x.max()) + 20, 20.0))
     try:
-        found, _ = optimize.curve_fit(logistic, log_x, y, p0=start, bounds=bounds, maxfev=20_000)
-    except RuntimeError:
+        found, covariance = optimize.curve_fit(
+            lambda log_x, *law: logistic(log_x, floor, *law), log_x, y, p0=start, bounds=bounds
+        )
+    except (RuntimeError, ValueError):
         return None
-    top, log_half, slope = map(float, found)
-    return top, log_half, slope
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 3) * np.sqrt(np.diag(covariance))
+    if not np.isfinite(reach).all():
+        return None
+    (top, log_half, slope), low, high = found, found - reach, found + reach
+    with np.errstate(over="ignore"):
+        half_interval = float(np.exp(low[1])), float(np.exp(high[1]))
+    intervals = (float(low[0]), min(1.0, float(high[0]))), half_interval, (float(low[2]), float(high[2]))
+    residual = float(np.sqrt(np.mean((logistic(log_x, floor, *found) - y) ** 2)))
+    return Law(floor, float(top), math.exp(log_half), float(slope), residual, intervals, float(x.max()))

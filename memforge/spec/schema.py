@@ -86,7 +86,7 @@ class FactsSpec(SpecModel):
     kind: Literal["facts"]
     source: Literal["airports", "taxa"] = Field(
         "airports",
-        description="airports: airport -> city, about 13,000 facts; taxa: taxon -> family, about 177,000 (`make data`)",
+        description="airports: airport -> city, about 13,000 facts; taxa: genus -> family, about 57,000 (`make data`)",
     )
     num_facts: Annotated[int, Field(ge=2, le=10_000_000)] = Field(description="facts drawn from the source")
     num_held_out: Annotated[int, Field(ge=1, le=7)] = Field(2, description="of the 8 phrasings, held out per fact")

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +77,16 @@ def airports() -> tuple[Fact, ...]:
 
 @cache
 def families() -> tuple[Fact, ...]:
-    """Taxon -> family, likewise, and without names that start as their family does."""
-    return tuple(fact for fact in unambiguous(taxa()) if not names_its_family(fact.subject, fact.answer))
+    """Taxon -> family, likewise, without names that start as their family does, and one of each genus.
+
+    Species of a genus share its family and its name: among 10,000 taxa another one's sentences tell 36% of the answers.
+    """
+    known = (fact for fact in unambiguous(taxa()) if not names_its_family(fact.subject, fact.answer))
+    return tuple(next(of_genus) for _, of_genus in groupby(known, key=_first_word))
+
+
+def _first_word(fact: Fact) -> str:
+    return fact.subject.split()[0]
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ class FactsSource:
             rare = rng.permutation(len(facts)) >= trained
             phrasings += source.rare_phrasings
             held = np.hstack([held, np.repeat(rare[:, None], len(source.rare_phrasings), axis=1)])
-        self.facts = facts
+        self.facts, self.seed = facts, seed
         self.baselines = {baseline.__name__: baseline(facts) for baseline in source.baselines}
         self.num_common = len(source.phrasings)
         self.held = held.reshape(-1)
@@ -244,12 +253,14 @@ class FactsSource:
         sentences = Ragged.cut(flat, whole)
         phrasing = np.arange(len(self.held)) % self.num_phrasings
         tested = {"": self.held & (phrasing < self.num_common), RARE: self.held & (phrasing >= self.num_common)}
+        # In random order, so that the first of them are a fair sample of facts and phrasings.
+        order = np.random.Generator(np.random.Philox(key=self.seed)).permutation(len(self.held))
         held_out = {
             name: HeldOut(
                 Ragged.cut(sentences.take(those), whole[those]), given[those].astype(np.int64), exact_match=True
             )
             for name, chosen in tested.items()
-            if len(those := np.flatnonzero(chosen))
+            if len(those := order[chosen[order]])
         }
         # The end token of one sentence is the start token of the next in the stream.
         ends = np.zeros(len(flat), bool)
