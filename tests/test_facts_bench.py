@@ -1,8 +1,10 @@
 """The experiment of benchmarks/facts on a fixture: every stage by its command, and the report it writes."""
 
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from benchmarks.facts.experiment import read_experiment
 from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record, record_of
 from benchmarks.facts.runner import Runner, state
-from benchmarks.facts.statistics import difference, estimate, fit, logistic
+from benchmarks.facts.statistics import difference, estimate, fit, logistic, reached_at
 from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
 from memforge.report.run import read_run
 
@@ -116,6 +118,14 @@ than = "plain"
 paper = "4.0 against 3.0"
 paper_says = "more"
 
+[[worth]]
+text = "At how many times its FLOPs is no table as good?"
+study = "core"
+arm = "table"
+along = ["plain", "table"]
+measure = "recall.rare"
+paper = "4"
+
 [figure.flops]
 title = "Recall by FLOPs"
 study = "core"
@@ -198,6 +208,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     )
     assert f"| Does a table beat none? | **undecided** | {100 * (ours - theirs):+.1f} [" in page
     assert "Table \\| of 64" in page
+    assert re.search(r"is no table as good\? (By seed|[0-9.]+ times).* In the paper: 4\.", page)
     assert "**It was tried:** and this was found." in page
     assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg"}
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -358,6 +369,13 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     paired = difference({1: 5.0, 2: 7.0, 3: 1.0}, {1: 4.0, 2: 6.0, 4: 0.0})
     assert (paired.mean, paired.low, paired.high, paired.count) == (1.0, 1.0, 1.0, 2)
     assert not estimate([1.0]).known
+
+
+def test_where_a_line_reaches_a_height_in_log_x() -> None:
+    line = [(8.0, 0.5), (1.0, 0.1), (2.0, 0.3)]
+    assert reached_at(line, 0.3) == 2.0
+    assert reached_at(line, 0.4) == pytest.approx(4.0)
+    assert (reached_at(line, 0.05), reached_at(line, 0.6)) == (0.0, math.inf)
 
 
 def test_the_law_is_found_in_what_follows_it_from_its_floor() -> None:

@@ -90,6 +90,17 @@ class Question(Section):
     paper_says: Literal["more", "less", "unclear"]
 
 
+class Worth(Section):
+    """How many FLOPs the arms `along` a line need for what an arm has, in those of the arm."""
+
+    text: str
+    study: str
+    arm: str
+    along: Annotated[list[str], Field(min_length=2)]
+    measure: str = "recall"
+    paper: str
+
+
 class Figure(Section):
     """A picture of a study: a measure over what the ledger or the settings say (`x`), or over the course of a run.
 
@@ -133,6 +144,7 @@ class Experiment(Section):
     search: Search
     study: dict[str, Study]
     question: list[Question] = []
+    worth: list[Worth] = []
     figure: dict[str, Figure] = {}
     ablation: dict[str, Ablation] = {}
     findings: dict[str, str] = {}
@@ -170,9 +182,14 @@ class Experiment(Section):
         for question in self.question:
             self._known("question.study", [question.study], self.study)
             self._known("question", [question.arm, question.than], self.study[question.study].arms)
-            self._known("question.measure", [question.measure], SHARES)
-            if self.study[question.study].vary:
-                raise ValueError(f"question.study: {question.study} varies a key; a question is about one point")
+        for worth in self.worth:
+            self._known("worth.study", [worth.study], self.study)
+            self._known("worth", [worth.arm, *worth.along], self.study[worth.study].arms)
+        of_points: list[Question | Worth] = [*self.question, *self.worth]
+        for asked in of_points:
+            self._known("measure of a question", [asked.measure], SHARES)
+            if self.study[asked.study].vary:
+                raise ValueError(f"{asked.study} varies a key; a question is about one point")
         return self
 
     @staticmethod

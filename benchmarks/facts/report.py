@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.facts.experiment import Ablation, Experiment, Figure, Question, Settings, Study, Value
+from benchmarks.facts.experiment import Ablation, Experiment, Figure, Question, Settings, Study, Value, Worth
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
-from benchmarks.facts.statistics import Estimate, Law, difference, estimate, fit
+from benchmarks.facts.statistics import Estimate, Law, difference, estimate, fit, reached_at
 from memforge.report.cost import si
 from memforge.storage import replace_file
 
@@ -101,6 +101,7 @@ def page(found: Found, out: Path) -> str:
     answers = [answer for question in experiment.question if (answer := Answer.of(found, question)) is not None]
     parts += differences(experiment, answers)
     parts += questions(answers)
+    parts += [line for worth in experiment.worth for line in times(found, worth)]
     parts += arms(found)
     for title, study in experiment.study.items():
         parts += scores(found, title, study)
@@ -182,6 +183,31 @@ def questions(answers: list[Answer]) -> list[str]:
         f"{len(answers)} intervals of 95% about {0.05 * len(answers):.1f} miss.",
         "",
     ]
+
+
+def times(found: Found, worth: Worth) -> list[str]:
+    """How many times the FLOPs of an arm others need for what it has: by seed, and over seeds where all are known."""
+    ours = found.by_seed(worth.study, worth.arm, worth.measure)
+    costs = {record.arm: record.flops_per_token for _, _, record in found.study(worth.study)}
+    theirs = {arm: found.by_seed(worth.study, arm, worth.measure) for arm in worth.along}
+    seeds = [seed for seed in ours if all(seed in of_arm for of_arm in theirs.values())]
+    if not seeds:
+        return []
+    ratios = []
+    for seed in seeds:
+        line = [(costs[arm], of_arm[seed]) for arm, of_arm in theirs.items()]
+        ratios.append(reached_at(line, ours[seed]) / costs[worth.arm])
+    least, most = (end(costs[arm] for arm in worth.along) / costs[worth.arm] for end in (min, max))
+    each = ", ".join(
+        f"more than {most:.1f}" if ratio == math.inf else f"less than {least:.1f}" if ratio == 0 else f"{ratio:.1f}"
+        for ratio in ratios
+    )
+    text = f"{worth.text} By seed {each} times."
+    if all(0 < ratio < math.inf for ratio in ratios):
+        over = estimate([math.log(ratio) for ratio in ratios])
+        reach = f", 95% interval {math.exp(over.low):.1f} to {math.exp(over.high):.1f}" if over.known else ""
+        text = f"{worth.text} {math.exp(over.mean):.1f} times{reach} (by seed {each})."
+    return [f"{text} In the paper: {worth.paper}.", ""]
 
 
 def points(value: float) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,17 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate:
     """Of two arms, seed by seed: the same facts and order of data on both sides."""
     shared = sorted(ours.keys() & theirs.keys())
     return estimate([ours[seed] - theirs[seed] for seed in shared])
+
+
+def reached_at(line: Sequence[tuple[float, float]], y: float) -> float:
+    """The x at which a line through points, straight in log x, first reaches y: 0 if it starts there, inf if never."""
+    points = sorted(line)
+    if points[0][1] >= y:
+        return 0.0
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 >= y:
+            return float(x0 * (x1 / x0) ** ((y - y0) / (y1 - y0)))
+    return math.inf
 
 
 @dataclass(frozen=True)
