@@ -86,6 +86,17 @@ def test_a_run_saved_on_four_ranks_goes_on_on_any_number(tmp_path: Path) -> None
                     assert abs(here[name] - there[name]) <= 1e-4, (str(mesh), here["step"], name)
 
 
+def test_a_rank_without_sequences_takes_part_in_all_that_ranks_do(tmp_path: Path) -> None:
+    spec = write(tmp_path / "s.toml", SMALL)  # whose router tells how it shares out tokens
+    keys = (*KEYS, "train.steps=2", "train.batch_size=1", "parallel.timeout_minutes=0.25")
+    plan = on_mesh(make_plan(load_spec(spec, overrides=keys)), Mesh(dp_shard=2)).to_json()
+    on_ranks(2, "test_ranks_runs:train", plan, str(tmp_path / "run"), None, None)
+    assert steps_left(tmp_path / "run") == ["step-00000002"]
+    for row in rows(tmp_path / "run"):
+        assert 1 <= row["layers.3.moe.load_max"] <= 4  # over the mean, of 4 experts
+        assert row["layers.0.memory.read_norm"] > 0
+
+
 @pytest.mark.parametrize("mesh", [Mesh(memory=2), pytest.param(Mesh(dp_shard=2), marks=pytest.mark.slow)], ids=str)
 def test_a_run_taken_up_on_the_same_mesh_is_the_same_to_the_bit(tmp_path: Path, mesh: Mesh) -> None:
     plan = planned(tmp_path, mesh)

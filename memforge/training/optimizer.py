@@ -98,8 +98,8 @@ class Stepper:
         with self.ranks.tokens(tokens):
             with torch.autocast(window.device.type, dtype=self.precision, enabled=self.precision is not None):
                 loss, extra, records, observed = next_token_loss(self.forward, window, self._readers(sites))
-            # Ranks without sequences take part for the others' sake; means over no tokens are no numbers.
-            extra, observed = (extra, observed) if len(window) else ({}, {})
+            if not len(window):  # it takes part for the others' sake; means over no tokens are no numbers
+                extra, observed = {}, {name: torch.zeros_like(value) for name, value in observed.items()}
             ((loss + sum(extra.values())) * share).backward()
         if self.tables is not None:
             self.tables.add(sites, records, partial(self.ranks.of_all_copies, tokens=tokens))
