@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memforge.build import build_model
 from memforge.plan import Plan, TrainPlan, make_plan
 from memforge.spec import load_spec
+from memforge.training.execution import compiled, compiler_error
 from memforge.training.optimizer import Gradients, Stepper
 from memforge.training.schedule import PEAK, rate_share, rate_shares
+from memforge_kernels import Recorder
 
 # Without the router's loss, which is no mean over tokens.
 NO_MOE = SMALL.replace('kind = "moe", num_experts = 4, top_k = 2, hidden_dim = 24', 'kind = "ffn", hidden_dim = 24')
@@ -203,6 +205,30 @@ def test_observed_figures_are_what_they_say(tmp_path: Path) -> None:
     assert float(observed["layers.0.memory.read_norm"]) == pytest.approx(float(seen["y"].norm() / seen["x"].norm()))
     chosen = seen["router"].topk(2).indices.flatten().bincount(minlength=4)
     assert observed["layers.3.moe.load"].tolist() == pytest.approx((chosen / chosen.sum()).tolist())
+
+
+def test_layers_of_experts_share_what_is_compiled_for_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More layers than torch compiles one function for; layers that read pools are left eager."""
+    how = {"fullgraph": True, "dynamic": False, "backend": "eager"}
+    monkeypatch.setattr("memforge.training.execution.COMPILED", how)
+    layers = torch._dynamo.config.recompile_limit + 2
+    plan, run = planned(
+        tmp_path, f"model.num_layers={layers}", f"place.1.layers={[*range(2, layers)]}", "train.compile=on", text=SMALL
+    )
+    model = build_model(plan.model, seed=3)
+    forward = compiled(model, run, print, ranks=2)
+    found = forward(window(2, 48), [Recorder] * layers)
+    eager = model.forward_taped(window(2, 48))
+    assert found.observed.keys() == eager.observed.keys() >= {f"layers.{idx}.moe.load" for idx in range(3, layers)}
+
+
+def test_more_shapes_than_torch_compiles_for_are_a_failure_of_the_compiler() -> None:
+    compute = torch.compile(lambda x: x + 1, backend="eager", fullgraph=True, dynamic=False)
+    *few, one_more = (torch.zeros(size + 2) for size in range(torch._dynamo.config.recompile_limit + 1))
+    for x in few:
+        compute(x)
+    with pytest.raises(compiler_error()):
+        compute(one_more)
 
 
 def test_a_hidden_nan_is_in_the_norm(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from memforge_kernels import Reader
 class Pools:
     """The shared pools by name, and the reader through which tables are read: a tape, if it is to be recorded how.
 
-    `observed` takes figures by name, `block path.figure`, each a mean over tokens: telemetry, never part of the loss.
+    `observed` takes figures of the block by name, each a mean over tokens: telemetry, never part of the loss.
     """
 
     shared: nn.ModuleDict

@@ -69,12 +69,13 @@ class Decoder(nn.Module):
         dropout = self.dropout if self.training else 0.0
         totals: dict[str, Tensor] = {}
         records, observed = [], {}
-        for layer, reader in zip(self.layers, readers, strict=True):
+        for idx, (layer, reader) in enumerate(zip(self.layers, readers, strict=True)):
             run = _run_again(layer, dropout) if self.checkpoint_layers and self.training else layer
             x, losses, read, seen = run(x, self.pool, self._through(reader), dropout)
             totals = _summed(totals, losses)
             records.append(read)
-            observed |= seen
+            # Here and not in the layer: what says which layer it is would have each compiled for itself.
+            observed |= {f"layers.{idx}.{name}": value for name, value in seen.items()}
         weight = self.embedding.weight if self.head is None else self.head.weight
         return Forward(F.linear(self.norm(x), weight), totals, records, observed)
 
@@ -116,7 +117,7 @@ class Layer(nn.Module):
         self.mixer_kind = layer.mixer.kind
         self.block_kinds = tuple(block.kind for block in layer.blocks)
         # The blocks of which training tells how much they add to the residual stream.
-        self.readers = {block.kind: block.path for block in layer.blocks if block.pool_path() is not None}
+        self.readers = frozenset(block.kind for block in layer.blocks if block.pool_path() is not None)
         self.mixer_norm = nn.RMSNorm(plan.dim, eps=plan.norm_eps)
         self.add_module(self.mixer_kind, _build(layer.mixer, plan.norm_eps))
         self.block_norm = nn.RMSNorm(plan.dim, eps=plan.norm_eps)
@@ -126,15 +127,18 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, shared: nn.ModuleDict, new_reader: Callable[[], Reader] = Reader, dropout: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor], Sequence[Record], dict[str, Tensor]]:
-        pools = Pools(shared, new_reader())
+        reader = new_reader()
+        observed: dict[str, Tensor] = {}
         x = x + F.dropout(getattr(self, self.mixer_kind)(self.mixer_norm(x)), dropout)
         residual, normed, totals = x, self.block_norm(x), {}
         for kind in self.block_kinds:
+            pools = Pools(shared, reader)
             y, losses = getattr(self, kind)(normed, pools)
             if self.training and kind in self.readers:
-                pools.observed[f"{self.readers[kind]}.read_norm"] = _norm_ratio(y.detach(), residual.detach())
+                pools.observed["read_norm"] = _norm_ratio(y.detach(), residual.detach())
+            observed |= {f"{kind}.{name}": value for name, value in pools.observed.items()}
             x, totals = x + F.dropout(y, dropout), _summed(totals, losses)
-        return x, totals, pools.reader.records, pools.observed
+        return x, totals, reader.records, observed
 
 
 def _build(plan: KindPlan, *args: object) -> nn.Module:

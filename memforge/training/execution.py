@@ -74,7 +74,7 @@ def compiled(model: Decoder, run: TrainPlan, note: Callable[[str], None], *, ran
 def compiler_error() -> tuple[type[Exception], ...]:
     """What torch.compile raises where it fails; nothing where no code of its was loaded, which takes over a second."""
     loaded = sys.modules.get("torch._dynamo.exc")
-    return () if loaded is None else (loaded.TorchDynamoException,)
+    return () if loaded is None else (loaded.TorchDynamoException, loaded.FailOnRecompileLimitHit)
 
 
 def _compiled_in_training(layer: Layer) -> Callable[..., Any]:

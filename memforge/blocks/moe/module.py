@@ -53,9 +53,7 @@ class Moe(nn.Module):
             weights, chosen = probs.topk(self.plan.top_k, dim=-1)
             route = self.tokens_choose(weights, chosen)
             if self.training:  # before any is dropped
-                pools.observed[f"{self.plan.path}.load"] = (
-                    route.offsets.diff(prepend=route.offsets.new_zeros(1)) / chosen.numel()
-                )
+                pools.observed["load"] = route.offsets.diff(prepend=route.offsets.new_zeros(1)) / chosen.numel()
             route = route if rows is None else self.limited(route, rows)
         y = self.experts(flat, route)
         if self.shared is not None:
