@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from memforge.blocks import union_of
 from memforge.blocks.base import BYTES_PER_ELEMENT, DType, Init, KindPlan, Param, PlanModel, RowReads, constant, normal
-from memforge.errors import StorageError
+from memforge.errors import StorageError, UsageError
 from memforge.mesh import Mesh, PoolReads, Split, SplitChoice
 from memforge.spec.checks import selections, site_of
 from memforge.spec.schema import (
@@ -170,7 +170,8 @@ class Plan(PlanModel):
 
 
 def on_mesh(plan: Plan, mesh: Mesh) -> Plan:
-    """The same plan, to be run on another mesh."""
+    """The same plan, to be run on another mesh. Raises UsageError for one whose ranks are too many for a pool."""
+    require_parts(plan.model, plan.run.parallel.pools, mesh)
     axes = {"dp_replicate": mesh.dp_replicate, "dp_shard": mesh.dp_shard, "memory": mesh.memory}
     run = plan.run.model_copy(update={"parallel": plan.run.parallel.model_copy(update=axes)})
     return plan.model_copy(update={"run": run})
@@ -185,6 +186,17 @@ def split_of(plan: ModelPlan, choice: SplitChoice, mesh: Mesh) -> dict[str, Spli
         if row.group == "values":
             tables.setdefault(row.owner, []).append(row)
     return {path: _reads_of(rows).split(choice, mesh.memory) for path, rows in tables.items()}
+
+
+def require_parts(plan: ModelPlan, choice: SplitChoice, mesh: Mesh) -> None:
+    """Raises UsageError where a rank of a mesh would have nothing of a pool."""
+    splits = split_of(plan, choice, mesh)
+    for row in plan.params:
+        if row.group != "values" or row.shape[0 if splits[row.owner] == "rows" else -1] >= mesh.memory:
+            continue
+        parts = {"columns": f"{row.shape[-1]:,} columns", "rows": f"{row.shape[0]:,} rows"}
+        few = " and the ".join(parts.values()) if choice == "auto" else parts[choice]
+        raise UsageError(f"--mesh: memory={mesh.memory} is more than the {few} of {row.path}")
 
 
 def _reads_of(tables: list[ParamRow]) -> PoolReads:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, write
+from conftest import SMALL, memforge, write
 from made_ranks import on_ranks
 
 from memforge.mesh import Mesh
@@ -206,6 +206,21 @@ def test_a_rank_that_hangs_is_waited_for_only_so_long(tmp_path: Path) -> None:
     assert process.returncode == 3, errors
     assert "rank 0 has lost another rank: Timed out waiting 15000ms" in errors
     assert f"rank 1 (process {pids[1]}) did not answer and was killed" in errors
+
+
+@pytest.mark.parametrize(
+    ("pools", "parts"),
+    [("columns", "32 columns"), ("rows", "36 rows"), ("auto", "32 columns and the 36 rows")],
+)
+def test_a_mesh_whose_ranks_are_too_many_for_a_pool_is_refused_in_one_line(
+    tmp_path: Path, pools: str, parts: str
+) -> None:
+    path, run = write(tmp_path / "s.toml", SPEC), tmp_path / "run"
+    given = ("--mesh", "memory=37", "--nproc", 37, "--set", f"parallel.pools={pools}", "--out", run)
+    done = memforge("train", path, *given)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"memory=37 is more than the {parts} of " in done.stderr
+    assert not run.exists()
 
 
 def test_a_mesh_that_is_not_the_ranks_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from memforge.cost.memory import state_bytes, step_memory, updated_by_rows
 from memforge.cost.rank_memory import RankMemory, RankStep
 from memforge.cost.roofline import Roofline, update_bytes
 from memforge.cost.wire import StepOnWire, Total, totals
-from memforge.errors import UsageError
 from memforge.mesh import MESH_AXES, Mesh, Split, SplitChoice, part_of_pool, shard_of
-from memforge.plan import ModelPlan, ParamRow, split_of
+from memforge.plan import ModelPlan, ParamRow, require_parts, split_of
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,7 @@ class RankShare:
     dropout: bool = False
 
     def __post_init__(self) -> None:
-        for row in self.plan.params:
-            if row.group != "values" or row.shape[0 if self._by_rows(row) else -1] >= self.mesh.memory:
-                continue
-            parts = {"columns": f"{row.shape[-1]:,} columns", "rows": f"{row.shape[0]:,} rows"}
-            few = " and the ".join(parts.values()) if self.pools == "auto" else parts[self.pools]
-            raise UsageError(f"--mesh: memory={self.mesh.memory} is more than the {few} of {row.path}")
+        require_parts(self.plan, self.pools, self.mesh)
 
     @cached_property
     def splits(self) -> dict[str, Split]:
