@@ -133,16 +133,21 @@ def _is_finite(tensor: Tensor) -> bool:
 def save_checkpoint(run_dir: Path, snapshot: Snapshot, run: RunIdentity, ranks: Ranks = ALONE) -> Path:
     """Write `run_dir/step-<n>` and read it back: of all ranks, or of none.
 
-    Raises NonFiniteError for state that is not worth keeping, StorageError, with nothing of it left behind, where it
-    cannot be written.
+    Raises NonFiniteError for state that is not worth keeping, StorageError where it cannot be written, with nothing of
+    it left behind, or is not read as it was written, with all of it under another name.
     """
     target = run_dir / f"step-{snapshot.step:08d}"
-    ranks.all_or_none(lambda: _require_savable(target, snapshot))
+    ranks.all_or_none(lambda: _require_finite(target, snapshot))
+    ranks.first(lambda: _require_new(target))
     _require_room(target, sum(ranks.gather(snapshot.bytes)) + OVERHEAD_BYTES, ranks)
     with ranks.first_enters(lambda: replaced_directory(target)) as directory:
         written = ranks.gather(ranks.all_or_none(lambda: _write_files(directory, snapshot, ranks)))
         ranks.first(lambda: _write_manifest(directory, snapshot, run, written))
-    ranks.all_or_none(lambda: verify(target, *written[ranks.rank][0]))
+    try:
+        ranks.all_or_none(lambda: require_files(target, read_manifest(target), written[ranks.rank][0]))
+    except StorageError:
+        ranks.first(lambda: set_aside(target, "bad"))
+        raise
     return target
 
 
@@ -150,9 +155,13 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, run: RunIdentity, ranks: 
 Written = tuple[dict[str, str], dict[str, dict[str, Cut]]]
 
 
-def _require_savable(target: Path, snapshot: Snapshot) -> None:
+def _require_finite(target: Path, snapshot: Snapshot) -> None:
     if (name := snapshot.not_finite()) is not None:
         raise NonFiniteError(f"{target}: not saved, since {name} is not finite")
+
+
+def _require_new(target: Path) -> None:
+    """For the first rank, which renames to it: a network file system may tell the others an old answer for a while."""
     if target.exists():
         raise StorageError(f"{target}: exists already, and checkpoints are never overwritten")
 
@@ -205,13 +214,13 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted((int(m[1]), path) for m, path in found)]
 
 
-def verify(checkpoint: Path, *files: str) -> Manifest:
-    """The manifest of a checkpoint whose files, or those named, are what was written.
+def verify(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are what was written.
 
     Raises StorageError with the file and the reason.
     """
     manifest = read_manifest(checkpoint)
-    require_files(checkpoint, manifest, files or manifest.files)
+    require_files(checkpoint, manifest, manifest.files)
     return manifest
 
 
@@ -346,8 +355,9 @@ class Saver:
 
     def _save(self, snapshot: Snapshot) -> None:
         save_checkpoint(self.run_dir, snapshot, self.run, self.ranks)
-        if not self.ranks.is_first:
-            return
+        self.ranks.first(self._delete_old)
+
+    def _delete_old(self) -> None:
         # The newest has just been read back, so what stays is never without a sound one.
         for old in checkpoints(self.run_dir)[: -self.keep]:
             # Under another name first: what is half deleted must not pass for a checkpoint.

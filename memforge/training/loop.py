@@ -338,7 +338,8 @@ class _Trainer:
         finally:
             account.write_summary(self.step, ended)
         account.write_report()
-        record = account.summary(self.step, ended, files.checkpoints(self.run_dir)[-1]).model_dump(exclude_none=True)
+        newest = self.ranks.first(lambda: files.checkpoints(self.run_dir)[-1])
+        record = account.summary(self.step, ended, newest).model_dump(exclude_none=True)
         self.report.finish(record)
         return record
 
