@@ -8,7 +8,7 @@ from conftest import SMALL, write
 from made_ranks import on_ranks
 from test_checkpoint import new_identity, snapshot
 
-from memforge.errors import StorageError
+from memforge.errors import MemforgeError, StorageError
 from memforge.mesh import Mesh
 from memforge.plan import make_plan, on_mesh, plan_from_json
 from memforge.spec import load_spec
@@ -93,3 +93,39 @@ def test_a_checkpoint_that_is_not_read_as_it_was_written_is_set_aside(
 
 def _damaged(checkpoint: Path, *_: object) -> None:
     raise StorageError(f"{checkpoint}: not what was written")
+
+
+def refused(plan_json: str, run: str) -> list[list[Any]]:
+    """What a run is refused with where wandb is not installed, and where ranks have other data."""
+    import sys
+    from types import SimpleNamespace
+
+    from memforge.training import train
+    from memforge.training.distributed import ProcessRanks
+    from memforge.training.start import Start, identified, nothing
+
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    plan, errors = plan_from_json(plan_json, "it"), []
+    try:
+        train(plan, Path(run))
+    except MemforgeError as error:
+        errors.append([str(error), error.of_all_ranks])
+    ranks = ProcessRanks(Mesh(dp_shard=2), "cpu")  # in the group that is still there
+    corpus: Any = SimpleNamespace(description={"corpus_sha256": f"that of {ranks.rank}"})
+    try:
+        identified(plan, corpus, Start(Path(run), nothing), ranks)
+    except MemforgeError as error:
+        errors.append([str(error), error.of_all_ranks])
+    return errors
+
+
+def test_what_a_run_is_refused_with_is_an_error_of_all_ranks(tmp_path: Path) -> None:
+    keys = ("train.wandb=mine", "parallel.timeout_minutes=0.25")
+    plan = on_mesh(make_plan(load_spec(write(tmp_path / "s.toml", SMALL), overrides=keys)), Mesh(1, 2))
+    run = tmp_path / "run"
+    expected = [
+        ["train.wandb needs wandb: pip install wandb", True],
+        [f"{run}: ranks have read different data (its hashes differ)", True],
+    ]
+    assert on_ranks(2, "test_ranks_saves:refused", plan.to_json(), str(run)) == [expected, expected]
+    assert not run.exists()

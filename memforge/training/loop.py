@@ -127,7 +127,7 @@ class _Trainer:
         beside = ranks.beside() if run.async_checkpoints else ranks
         kept = {"keep": run.keep_checkpoints, "in_background": run.async_checkpoints}
         self.saver = Saver(run_dir, identity, ranks=beside, **kept)
-        self.logs = Logs(run_dir, plan, identity.run_id, report.note) if ranks.is_first else NoLogs()
+        self.logs = ranks.first(lambda: Logs(run_dir, plan, identity.run_id, report.note), lambda _: NoLogs())
         self.account = Account(run_dir, plan, corpus, self.logs, self.telemetry, report, ranks)
         self.begun = start.begun
         self.asked = Asked()

@@ -84,17 +84,16 @@ def identified(plan: Plan, corpus: Corpus, start: Start, ranks: Ranks) -> RunIde
 
     Raises StorageError when the data is not what the run was trained on, or not the same on all ranks.
     """
-    found = ranks.gather(str(corpus.description["corpus_sha256"]))
-    run_dir = start.run_dir
-    if start.manifest is not None and start.manifest.corpus_sha256 != found[0]:
-        raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
-    if len(set(found)) > 1:
-        raise StorageError(f"{run_dir}: ranks have read different data (its hashes differ)")
-    return ranks.first(lambda: _identity(plan, corpus, start))
+    of_all = ranks.gather(str(corpus.description["corpus_sha256"]))
+    return ranks.first(lambda: _identity(plan, corpus, start, set(of_all)))
 
 
-def _identity(plan: Plan, corpus: Corpus, start: Start) -> RunIdentity:
+def _identity(plan: Plan, corpus: Corpus, start: Start, of_all: set[str]) -> RunIdentity:
     run_dir, corpus_sha256 = start.run_dir, str(corpus.description["corpus_sha256"])
+    if start.manifest is not None and start.manifest.corpus_sha256 != corpus_sha256:
+        raise StorageError(f"{run_dir}: the data is not what this run was trained on (its hash differs)")
+    if len(of_all) > 1:
+        raise StorageError(f"{run_dir}: ranks have read different data (its hashes differ)")
     if start.manifest is None:
         replace_file(run_dir / TOKENIZER, corpus.tokenizer.to_str())
     name = write_identity(run_dir) if start.manifest is None else run_id(run_dir)
