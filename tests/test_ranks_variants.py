@@ -28,6 +28,20 @@ def test_dropout_and_plain_descent_on_two_ranks(tmp_path: Path) -> None:
     require_equal(*(Case(plan, meshes, "columns", steps=4) for plan in (dropped, sgd)))
 
 
+def waits() -> list[float]:
+    """For how many minutes each group of a rank waits."""
+    from memforge.training.distributed import joined
+
+    with joined(Mesh(2, 1, 2), "cpu", 0, 7) as ranks:
+        groups = [*ranks.dense.get_all_groups(), ranks.memory.group, ranks.copies.group, ranks.control]
+        groups += [ranks.beside().control, torch.distributed.group.WORLD]
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
+
+
+def test_every_group_waits_as_long_as_it_was_told_to() -> None:
+    assert on_ranks(4, "test_ranks_variants:waits") == [[7.0] * 7] * 4
+
+
 def poisoned(plan_json: str, axes: list[int]) -> list[bool]:
     """Whether loss and norm are finite, on a rank, when the last rank alone has a NaN in its last layer."""
     import torch.distributed as dist

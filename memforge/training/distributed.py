@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
@@ -73,16 +73,13 @@ class ProcessRanks(Ranks):
         wait: timedelta | None = None,
         pools: SplitChoice = "auto",
     ) -> None:
-        self.mesh, self.rank, self.local_rank = mesh, dist.get_rank(), local_rank
+        self.mesh, self.rank, self.local_rank, self.wait = mesh, dist.get_rank(), local_rank, wait
         self.dense = self._dense_mesh(device_type)
-        groups = init_device_mesh(device_type, (mesh.copies, mesh.memory), mesh_dim_names=("copies", "memory"))
-        self.memory = (
-            MemoryGroup(groups.get_group("memory"), partial(sizes, parts=mesh.memory)) if mesh.memory > 1 else None
-        )
-        self.copies = TokenGroup(groups.get_group("copies")) if mesh.copies > 1 else None
+        groups = torch.arange(mesh.ranks).view(mesh.copies, mesh.memory)
+        self.memory = MemoryGroup(self._group(groups), partial(sizes, parts=mesh.memory)) if mesh.memory > 1 else None
+        self.copies = TokenGroup(self._group(groups.T)) if mesh.copies > 1 else None
         self.pools = pools
         self._splits: dict[str, Split] = {}
-        self.wait = wait
         self.control = dist.new_group(backend=None if dist.get_backend() == "fake" else "gloo", timeout=wait)
 
     @property
@@ -95,10 +92,20 @@ class ProcessRanks(Ranks):
         others.control = dist.new_group(backend=None if dist.get_backend() == "fake" else "gloo", timeout=self.wait)
         return others
 
+    def _group(self, groups: Tensor) -> dist.ProcessGroup:
+        """That of this rank among groups of ranks [number, size]; those of init_device_mesh wait for 30 minutes."""
+        world = dist.group.WORLD
+        if len(groups) == 1 and world is not None:  # another one would take memory of a GPU
+            return world
+        return dist.new_subgroups_by_enumeration(groups.tolist(), timeout=self.wait)[0]
+
     def _dense_mesh(self, device_type: str) -> DeviceMesh:
-        shape = (self.mesh.dp_replicate, self.mesh.shards)
-        both = init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "shards"))
-        return both if self.mesh.dp_replicate > 1 else both["shards"]
+        ranks = torch.arange(self.size).view(self.mesh.dp_replicate, self.mesh.shards)
+        shards = self._group(ranks)
+        if self.mesh.dp_replicate == 1:
+            return DeviceMesh.from_group(shards, device_type, mesh_dim_names=("shards",))
+        names = ("dp_replicate", "shards")
+        return DeviceMesh.from_group([self._group(ranks.T), shards], device_type, ranks, mesh_dim_names=names)
 
     def piece(self, row: ParamRow) -> Piece | None:
         if row.group == "values":
