@@ -2,12 +2,13 @@
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from memforge.cost import estimate
 from memforge.cost.devices import HOPPER, Device, Interconnect
 from memforge.cost.links import members, rank_roofline, seconds
 from memforge.cost.mesh import per_rank
-from memforge.cost.wire import Group, Op, Total, sent_bytes
+from memforge.cost.wire import Group, Op, Total, ranks_of, sent_bytes
 from memforge.errors import UsageError
 from memforge.mesh import Mesh, parse_mesh
 from memforge.plan import TrainPlan, make_plan
@@ -199,6 +200,18 @@ def test_groups_lie_in_machines_as_ranks_are_counted() -> None:
     assert members("memory", Mesh(1, 3, 3), 8) == 1
     assert members("memory", Mesh(1, 2, 3), 8) == 3
     assert members("world", Mesh(1, 3, 3), 8) == 1
+    # Ranks 0 and 6 are in one machine, 2 and 8 are not.
+    assert members("dp_replicate", Mesh(2, 6, 1), 8) == 1
+    assert members("copies", Mesh(1, 3, 3), 8) == 1
+    assert members("copies", Mesh(1, 2, 6), 8) == 1
+
+
+def test_no_group_has_fewer_ranks_in_a_machine_than_is_counted() -> None:
+    for axes in product((1, 2, 3, 5), (1, 4, 6), (1, 3, 8)):
+        mesh = Mesh(*axes)
+        for group in get_args(Group):
+            of_all = [Counter(each // 8 for each in ranks_of(group, mesh, rank)) for rank in range(mesh.ranks)]
+            assert members(group, mesh, 8) == min(min(found.values()) for found in of_all), (mesh, group)
 
 
 def test_two_machines_need_at_least_what_is_told_of_them() -> None:

@@ -21,12 +21,11 @@ from memforge.mesh import Mesh
 @cache
 def members(group: Group, mesh: Mesh, per_machine: int) -> int:
     """How many ranks of a group are in the machine that has fewest of them; of all groups, where that is least."""
-    if group in ("shards", "memory"):
-        size = len(ranks_of(group, mesh, 0))
-        first = range(0, min(mesh.ranks, size * per_machine), size)  # from there on they lie alike
-    else:
-        first = range(1)
-    return min(min(Counter(each // per_machine for each in ranks_of(group, mesh, rank)).values()) for rank in first)
+    size = len(ranks_of(group, mesh, 0))
+    firsts = range(0, mesh.ranks, size) if group in ("shards", "memory") else range(mesh.ranks // size)
+    # Groups whose first ranks are in the same place of their machines lie alike: after so many they repeat.
+    groups = (ranks_of(group, mesh, first) for first in firsts[:per_machine])
+    return min(min(Counter(rank // per_machine for rank in ranks).values()) for ranks in groups)
 
 
 def seconds(row: Total, mesh: Mesh, by: Interconnect) -> tuple[float, float | None]:
