@@ -1,13 +1,17 @@
 """The compiled CPU kernels against float64, on random shapes and at the edges of what an index can hold."""
 
+import errno
+import fcntl
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from memforge_kernels import product_key_topk, weighted_scatter
+from memforge_kernels import product_key_topk, threads, weighted_scatter
 from memforge_kernels.product_key_topk import cpu as topk_cpu
 from memforge_kernels.product_key_topk import op as topk
 from memforge_kernels.product_key_topk.cpu import CHUNK_SCORES
@@ -133,6 +137,16 @@ def test_scores_are_never_held_whole() -> None:
     with LargestTensor() as seen:
         topk.forward(query, sub_keys, 4)
     assert seen.largest <= CHUNK_SCORES < 8192 * 2 * 2 * 1024 / 4
+
+
+def test_kernels_are_kept_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    store = SimpleNamespace(cache_path=str(tmp_path), save_overload=lambda code: f"saved {code}", load_overload=str)
+    threads._one_process_at_a_time(SimpleNamespace(_cache=store))
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert (store.save_overload("it"), store.load_overload("it")) == ("saved it", "it")
 
 
 def test_inference_mode_leaves_nothing_behind() -> None:

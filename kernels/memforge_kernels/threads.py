@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def _one_process_at_a_time(kernel: Any) -> None:
             except OSError:  # the cache can be read and not written
                 return step(*args)
             with file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 return step(*args)
 
         return call
