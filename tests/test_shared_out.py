@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import write
 from made_ranks import on_ranks
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -358,3 +359,22 @@ def test_parts_that_were_stored_are_read_as_any_others(tmp_path: Path, split: Sp
                 ranks = OneOf(rank, memory, other)
                 for name, tensor in own_tensors(stored, plan, ranks).items():
                     assert torch.equal(tensor, part(name, ranks)), (name, memory, other)
+
+
+def test_files_without_what_is_wanted_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cuts, opened = torch.randn(6, 8), {}, []
+    for part in range(4):
+        save_file({"a": whole[:, 2 * part : 2 * part + 2].contiguous()}, tmp_path / f"{part}.safetensors")
+        cuts[f"{part}.safetensors"] = {"a": [1, 2 * part, 2, 1, 8]}
+    stored = Stored([tmp_path / name for name in cuts], cuts)
+
+    def counted(path: Path, **given: Any) -> Any:
+        opened.append(path.stem)
+        return safe_open(path, **given)
+
+    monkeypatch.setattr("memforge.training.stored.safe_open", counted)
+    assert stored.shape("a") == (6, 8)
+    assert torch.equal(stored.read("a", Piece(1, 4, 3)), whole[:, 4:7])
+    assert opened == ["0", "2", "3"]  # the first for the type
+    assert torch.equal(stored.read("a", Piece(0, 2, 3)), whole[2:5])
+    assert stored.read("a", Piece(1, 8, 0)).shape == (6, 0)

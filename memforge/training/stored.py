@@ -66,22 +66,21 @@ class Stored:
     def __init__(self, files: Iterable[Path], cuts: Mapping[str, Mapping[str, Cut]]) -> None:
         """`cuts` of each file by its name."""
         self._parts: dict[str, list[tuple[Path, Cut | None]]] = defaultdict(list)
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             with storage_errors(path), safe_open(path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  it is no mapping
-                    self._parts[name].append((path, cuts.get(path.name, {}).get(name)))
+                    cut = cuts.get(path.name, {}).get(name)
+                    self._parts[name].append((path, cut))
+                    if name not in self._shapes:
+                        self._shapes[name] = _whole(opened.get_slice(name).get_shape(), cut)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """That of the whole tensor."""
-        path, cut = self._parts[name][0]
-        with storage_errors(path), safe_open(path, framework="pt") as opened:
-            shape = list(opened.get_slice(name).get_shape())
-        if cut is not None:
-            shape[cut[0]] = cut[4]
-        return tuple(shape)
+        return self._shapes[name]
 
     def read(self, name: str, wanted: Piece | None = None) -> Tensor:
         """A tensor, or the wanted part of it, put together from those that were stored."""
@@ -96,11 +95,17 @@ class Stored:
         out: Tensor = sample.new_empty(whole if wanted is None else wanted.shape(whole))
         for path, cut in parts:
             assert cut is not None
-            stored = Piece(*cut[:4])
+            there, found = _overlap(Piece(*cut[:4]), wanted)
+            if not there.length or not found.length:  # every rank reads, and as many may have written
+                continue
             with storage_errors(path), safe_open(path, framework="pt") as opened:
-                there, found = _overlap(stored, wanted)
                 part_of(out, there).copy_(_cut(opened, name, found))
         return out
+
+
+def _whole(part: Iterable[int], cut: Cut | None) -> tuple[int, ...]:
+    """The shape of a tensor by that of a part of it."""
+    return tuple(cut[4] if cut is not None and dim == cut[0] else size for dim, size in enumerate(part))
 
 
 def own_tensors(stored: Stored, plan: ModelPlan, ranks: Ranks) -> dict[str, Tensor]:
