@@ -101,6 +101,12 @@ def chosen_bytes(layer: LayerPlan, batch: int, seq_len: int) -> int:
     return _bytes([("", saved) for part in layer.parts for saved in part.chosen(batch, seq_len)])
 
 
+def kept_twice(layer: LayerPlan, batch: int, seq_len: int) -> int:
+    """Of what a layer keeps when it runs again, the bytes that its backward pass would keep anyway."""
+    shape = (batch, seq_len)
+    return sum(saved.bytes for part in layer.parts for saved in part.chosen(*shape) if saved in part.saved(*shape))
+
+
 def _bytes(saved: list[tuple[str, Saved]]) -> int:
     return sum(tensor.bytes for _, tensor in saved)
 
@@ -203,12 +209,6 @@ class _Step:
         for alive, phase in self._phases(checkpointed=checkpointed):
             yield alive + kept, phase
 
-    def _kept_twice(self, layer_idx: int) -> int:
-        """Of what a layer keeps when it runs again, the bytes that its backward pass would keep anyway."""
-        shape = (self.batch, self.seq_len)
-        parts = self.plan.layers[layer_idx].parts
-        return sum(saved.bytes for part in parts for saved in part.chosen(*shape) if saved in part.saved(*shape))
-
     def _phases(self, *, checkpointed: bool) -> Iterator[tuple[int, str]]:
         plan, n = self.plan, self.batch * self.seq_len
         stream, logits = FP32 * n * plan.dim, FP32 * n * plan.vocab_size
@@ -232,7 +232,8 @@ class _Step:
             working = max(part.backward for part in scratch[idx]) + 3 * stream
             if checkpointed:  # the layer runs again, from the input that was kept
                 replay = max(part.forward for part in scratch[idx]) + stream
-                working = self.saved[idx] - stream - self._kept_twice(idx) + max(working, replay)
+                twice = kept_twice(plan.layers[idx], self.batch, self.seq_len)
+                working = self.saved[idx] - stream - twice + max(working, replay)
             yield tokens + kept[idx] + done + added + working, f"backward of layer {idx}"
             done += gradients.factors[idx]
         # The gradient of the embedding is dense. If it is the head as well, it has one already, a transposed view, to

@@ -14,7 +14,16 @@ from functools import cached_property
 from itertools import accumulate
 
 from memforge.blocks.base import BYTES_PER_ELEMENT, TableRead
-from memforge.cost.memory import FP32, INT64, chosen_bytes, frame_saved, layer_saved, state_bytes, updated_by_rows
+from memforge.cost.memory import (
+    FP32,
+    INT64,
+    chosen_bytes,
+    frame_saved,
+    kept_twice,
+    layer_saved,
+    state_bytes,
+    updated_by_rows,
+)
 from memforge.cost.wire import dense_groups, expected_bags, shard_numel
 from memforge.mesh import Mesh, Split, SplitChoice, part_of_pool
 from memforge.plan import ModelPlan, ParamRow, split_of
@@ -299,7 +308,8 @@ class RankStep:
             scattered = groups[idx + 1].whole if idx + 1 < plan.num_layers else 0
             here = done + added + ahead + scattered + group.whole + kept[idx]
             if checkpointed:  # the layer runs again, from the input that was kept
-                here += self._saved[idx] - self._stream - self._kept_twice(idx) + served.asked
+                twice = kept_twice(plan.layers[idx], self.batch, self.seq_len)
+                here += self._saved[idx] - self._stream - twice + served.asked
                 yield here + self._working(idx) + self._stream, f"second forward of layer {idx}"
             yield here + 3 * self._stream + self._worst(idx), f"backward of layer {idx}"
             done += served.left
@@ -328,12 +338,6 @@ class RankStep:
             most = max(most, alive + max(max(sizes, default=0) + scratch, sum(sizes)))
             alive += sum(sizes) - sum(tensor.bytes for tensor in part.saved(*shape))
         return most
-
-    def _kept_twice(self, layer_idx: int) -> int:
-        """Of what a layer keeps when it runs again, the bytes that its backward pass would keep anyway."""
-        shape = (self.batch, self.seq_len)
-        parts = self.plan.layers[layer_idx].parts
-        return sum(saved.bytes for part in parts for saved in part.chosen(*shape) if saved in part.saved(*shape))
 
     @cached_property
     def _pool_gradients(self) -> dict[str, int]:

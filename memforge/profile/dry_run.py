@@ -31,7 +31,7 @@ from memforge.training.ranks import ALONE, Ranks
 from memforge.training.schedule import PEAK
 from memforge_kernels import RowOptimizer
 from memforge_kernels.row_update import op as row_ops
-from memforge_kernels.row_update.gradient import Read, RowGradient
+from memforge_kernels.row_update.gradient import Read, RowGradient, joined
 from memforge_kernels.shared_out import MemoryGroup, TokenGroup, readers
 from memforge_kernels.shared_out.groups import done
 from memforge_kernels.shared_out.requests import Bags, Requests
@@ -57,8 +57,8 @@ class DryRun:
 
 
 def dry_run(plan: Plan, mesh: Mesh, rank: int | None = None) -> DryRun:
-    """The second training step of a rank, by default the last, which has most of what does not divide; the first step
-    makes the optimizer's state.
+    """The second training step of a rank, by default the last, which has most columns and sequences where they do not
+    divide; of rows and of dense parameters the first has most. The first step makes the optimizer's state.
 
     What follows from the numbers is expected: that slots fall on all ranks alike, and that no slot is read twice.
     """
@@ -165,12 +165,12 @@ def _gradient(optimizer: RowOptimizer, table: Tensor) -> RowGradient:
     if table not in known:
         reads = optimizer._reads[table]
         dtype = torch.promote_types(reads[0].rows.dtype, torch.float32)
-        slots = _joined([read.slots.reshape(-1) for read in reads])
-        weights = _joined([read.weights.reshape(-1).to(dtype) for read in reads])
-        rows = _joined([read.rows.to(dtype) for read in reads])
+        slots = joined([read.slots.reshape(-1) for read in reads])
+        weights = joined([read.weights.reshape(-1).to(dtype) for read in reads])
+        rows = joined([read.rows.to(dtype) for read in reads])
         by_slot, order = _sorted(slots)
         touched = by_slot.new_empty(min(len(slots), len(table)))
-        entries = _joined([torch.arange(len(read.slots)).repeat_interleave(read.slots.shape[1]) for read in reads])
+        entries = joined([torch.arange(len(read.slots)).repeat_interleave(read.slots.shape[1]) for read in reads])
         starts = touched.new_empty(len(touched) + 1)
         known[table] = RowGradient(touched, starts, entries[order], weights[order], rows)
     return known[table]
@@ -179,10 +179,6 @@ def _gradient(optimizer: RowOptimizer, table: Tensor) -> RowGradient:
 def _sorted(slots: Tensor) -> tuple[Tensor, Tensor]:
     both = (slots << 1) | torch.arange(len(slots))
     return both >> 1, both & 1
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _ExpectedRequests(Requests):

@@ -121,8 +121,7 @@ class ProcessRanks(Ranks):
         for row in values:
             if (piece := self.piece(row)) is not None:
                 owner, _, name = row.path.rpartition(".")
-                shape = (*row.shape[: piece.dim], piece.length, *row.shape[piece.dim + 1 :])
-                part = nn.Parameter(model.get_parameter(row.path).new_empty(shape))
+                part = nn.Parameter(model.get_parameter(row.path).new_empty(piece.shape(row.shape)))
                 setattr(model.get_submodule(owner), name, part)
         self._shard(model, {model.get_parameter(row.path) for row in values})
         return {row.path: piece for row in plan.params if (piece := self.piece(row)) is not None}
@@ -225,11 +224,8 @@ class ProcessRanks(Ranks):
         return made  # type: ignore[return-value]
 
     def one_after_the_other(self, make: Callable[[], T]) -> T:
-        made, error = self._try(make) if self.local_rank == 0 else (None, None)
-        for found in self.gather(error):
-            if found is not None:
-                raise found
-        return self.all_or_none(make) if self.local_rank else self.all_or_none(lambda: made)  # type: ignore[arg-type, return-value]
+        made = self.all_or_none(lambda: None if self.local_rank else make())
+        return self.all_or_none(lambda: make() if self.local_rank else made)  # type: ignore[return-value]
 
     @staticmethod
     def _try(make: Callable[[], T]) -> tuple[T | None, MemforgeError | None]:

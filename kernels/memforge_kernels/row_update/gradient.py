@@ -45,9 +45,9 @@ def sorted_gradient(reads: Sequence[Read]) -> RowGradient:
     A stable sort fixes the order of every sum, so that the result is the same bit for bit from run to run.
     """
     dtype = torch.promote_types(reads[0].rows.dtype, torch.float32)
-    slots = _joined([read.slots.reshape(-1) for read in reads])
-    weights = _joined([read.weights.reshape(-1).to(dtype) for read in reads])
-    rows = _joined([read.rows.to(dtype) for read in reads]).contiguous()
+    slots = joined([read.slots.reshape(-1) for read in reads])
+    weights = joined([read.weights.reshape(-1).to(dtype) for read in reads])
+    rows = joined([read.rows.to(dtype) for read in reads]).contiguous()
     by_slot, order = stable_sort(slots)
     # Not unique_consecutive, whose results keep the memory of one number for each entry.
     changes = (by_slot[1:] != by_slot[:-1]).nonzero().squeeze(1) + 1
@@ -76,8 +76,8 @@ def _rows_of_entries(reads: Sequence[Read], device: torch.device) -> Tensor:
         n, k = read.slots.shape
         parts.append(torch.arange(first, first + n, device=device).repeat_interleave(k))
         first += n
-    return _joined(parts)
+    return joined(parts)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
