@@ -1,6 +1,8 @@
 """What else a step can be, on several ranks and on one: without sequences, run again, dropped out, not finite."""
 
 import math
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,12 +36,36 @@ def waits() -> list[float]:
 
     with joined(Mesh(2, 1, 2), "cpu", 0, 7) as ranks:
         groups = [*ranks.dense.get_all_groups(), ranks.memory.group, ranks.copies.group, ranks.control]
-        groups += [ranks.beside().control, torch.distributed.group.WORLD]
+        groups += [ranks.beside().control, ranks.patient().beside().control, torch.distributed.group.WORLD]
         return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
 
 
 def test_every_group_waits_as_long_as_it_was_told_to() -> None:
-    assert on_ranks(4, "test_ranks_variants:waits") == [[7.0] * 7] * 4
+    assert on_ranks(4, "test_ranks_variants:waits") == [[7.0] * 8] * 4
+
+
+def slowly() -> list[str]:
+    """What each rank makes, of which the first takes longer than ranks wait for one another."""
+    import torch.distributed as dist
+
+    from memforge.training.distributed import ProcessRanks
+
+    dist.init_process_group("gloo")
+    ranks = ProcessRanks(Mesh(dp_shard=2), "cpu", wait=timedelta(seconds=1), local_rank=dist.get_rank())
+    patient = ranks.patient()
+
+    def make() -> str:
+        time.sleep(0 if ranks.rank else 2)
+        return f"made by {ranks.rank}"
+
+    found = [patient.one_after_the_other(make), patient.first(make)]
+    dist.destroy_process_group()
+    return found
+
+
+def test_what_a_rank_does_alone_at_the_start_may_take_longer() -> None:
+    first, other = on_ranks(2, "test_ranks_variants:slowly")
+    assert (first, other) == (["made by 0", "made by 0"], ["made by 1", "made by 0"])
 
 
 def poisoned(plan_json: str, axes: list[int]) -> list[bool]:

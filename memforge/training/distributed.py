@@ -26,6 +26,8 @@ from memforge.training.ranks import Ranks, T
 from memforge_kernels import Read, Reader
 from memforge_kernels.shared_out import MemoryGroup, PartReader, TokenGroup
 
+NO_HURRY = timedelta(days=30)
+
 
 @contextmanager
 def joined(
@@ -62,6 +64,11 @@ def _first_line(error: BaseException) -> str:
     return re.sub(r"^\[[^\]]*\.\w+:[0-9]+\]\s*", "", line).partition(". ")[0]
 
 
+def _control(wait: timedelta | None) -> dist.ProcessGroup:
+    """A group of all ranks for what is no tensor."""
+    return dist.new_group(backend=None if dist.get_backend() == "fake" else "gloo", timeout=wait)
+
+
 class ProcessRanks(Ranks):
     """This process among those of a mesh. How it shares out `pools` follows from the plan of the model it builds."""
 
@@ -80,16 +87,22 @@ class ProcessRanks(Ranks):
         self.copies = TokenGroup(self._group(groups.T)) if mesh.copies > 1 else None
         self.pools = pools
         self._splits: dict[str, Split] = {}
-        self.control = dist.new_group(backend=None if dist.get_backend() == "fake" else "gloo", timeout=wait)
+        self.control = _control(wait)
 
     @property
     def machines(self) -> int:
         return max(1, self.size // int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
 
     def beside(self) -> "ProcessRanks":
-        """The same ranks for another thread, whose talk does not mix with that of this one."""
+        return self._with(_control(self.wait))
+
+    def patient(self) -> "ProcessRanks":
+        return self._with(_control(NO_HURRY))
+
+    def _with(self, control: dist.ProcessGroup) -> "ProcessRanks":
+        """The same ranks, which talk in a group of their own."""
         others = copy(self)
-        others.control = dist.new_group(backend=None if dist.get_backend() == "fake" else "gloo", timeout=self.wait)
+        others.control = control
         return others
 
     def _group(self, groups: Tensor) -> dist.ProcessGroup:

@@ -81,9 +81,11 @@ def train(
         def here() -> AbstractContextManager[Start]:
             return place(run_dir, plan, report.note, overwrite=overwrite, resume=resume)
 
-        with ranks.first_enters(here, Start.for_others) as start, StopSignal() as stop:
+        # Verifying a checkpoint and tokenizing take as long as there are bytes.
+        patient = ranks.patient()
+        with patient.first_enters(here, Start.for_others) as start, StopSignal() as stop:
             run_dir = start.run_dir  # which the first has chosen
-            corpus = ranks.one_after_the_other(
+            corpus = patient.one_after_the_other(
                 lambda: load_corpus(plan, data_root, start.tokenizer(), note=report.note)
             )
             identity = identified(plan, corpus, start, ranks)

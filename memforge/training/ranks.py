@@ -37,6 +37,10 @@ class Ranks:
         """The same ranks for another thread, whose talk does not mix with that of this one."""
         return self
 
+    def patient(self) -> "Ranks":
+        """The same ranks, which wait for what one of them does alone, however long that takes."""
+        return self
+
     @property
     def is_first(self) -> bool:
         return self.rank == 0
