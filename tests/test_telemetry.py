@@ -14,6 +14,7 @@ from test_resume import Notes
 from memforge.build import build_model
 from memforge.cost import estimate
 from memforge.cost.devices import DEVICES
+from memforge.cost.memory import step_memory
 from memforge.errors import DeviceError, NonFiniteError
 from memforge.plan import Plan, make_plan
 from memforge.spec import load_spec
@@ -24,7 +25,8 @@ from memforge.training.machine_use import MachineUse, Peak
 from memforge.training.optimizer import Gradients, Stepper
 from memforge.training.revival import Reviver
 from memforge.training.schedule import PEAK
-from memforge.training.telemetry import SlotUsage, Telemetry, update_figures
+from memforge.training.start import checked, require_memory_for
+from memforge.training.telemetry import SlotUsage, Telemetry, update_figures, usage_bytes
 
 
 def planned(path: Path, *overrides: str) -> Plan:
@@ -33,6 +35,19 @@ def planned(path: Path, *overrides: str) -> Plan:
 
 def rows_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_makes_sure_of_room_for_the_usage_of_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(tmp_path)
+    run, usage = checked(plan), Telemetry.of(plan.model, torch.device("cpu")).usage
+    kept = sum(tensor.numel() * tensor.element_size() for of in usage.values() for tensor in (of.weight, of.ever))
+    assert kept == usage_bytes(plan.model) == 2 * 64 * 5
+    peak = step_memory(plan.model, run.micro_batch_size, run.seq_len).peak
+    monkeypatch.setattr("memforge.machine.machine_memory", lambda: peak + kept)
+    require_memory_for(plan, run, "cpu")
+    monkeypatch.setattr("memforge.machine.machine_memory", lambda: peak + kept - 1)
+    with pytest.raises(DeviceError, match="a training step"):
+        require_memory_for(plan, run, "cpu")
 
 
 def test_slot_usage_by_hand() -> None:

@@ -30,6 +30,7 @@ from memforge.training.run_directory import (
     run_id,
     write_identity,
 )
+from memforge.training.telemetry import usage_bytes
 
 
 @dataclass(frozen=True)
@@ -118,20 +119,21 @@ def checked(plan: Plan) -> TrainPlan:
 
 
 def require_memory_for(plan: Plan, run: TrainPlan, device: str, ranks: Ranks = ALONE) -> None:
-    """Raises DeviceError when the peak of a step, as the ledger has it, exceeds the device's memory."""
+    """Raises DeviceError when the peak of a step, as the ledger has it, and the usage of slots exceed the memory."""
     memory = step_memory(plan.model, run.micro_batch_size, run.seq_len, dense_values=plan.run.dense_values)
     state = memory.weights + memory.gradients + memory.optimizer
-    copy = memory.checkpoint if run.async_checkpoints and device == "cpu" else 0
+    usage = usage_bytes(plan.model)
+    copy = memory.checkpoint + usage if run.async_checkpoints and device == "cpu" else 0
     peak = memory.peak_checkpointed if run.activation_checkpointing else memory.peak
     if ranks.size > 1:
         most = max(map(max, ranks.split(run.batch_size, run.micro_batch_size)))
         pools, dense_values = plan.run.parallel.pools, plan.run.dense_values
         step = RankStep(plan.model, ranks.mesh, most, run.seq_len, pools=pools, dense_values=dense_values).memory()
         peak = step.peak_checkpointed if run.activation_checkpointing else step.peak
-        if device == "cpu":  # ranks share the memory of their machine
-            peak *= ranks.size // ranks.machines
+    # Ranks on CPUs share the memory of their machine.
+    ranks_here = ranks.size // ranks.machines if device == "cpu" else 1
     require_memory(
-        copy + peak,
+        copy + ranks_here * (peak + usage),
         f"{plan.name}: a training step ({state / 1e9:,.1f} GB of weights, gradients and optimizer state)",
         available=torch.cuda.mem_get_info(device)[1] if device.startswith("cuda") else None,
         device=device,
@@ -142,7 +144,7 @@ def require_disk_for(plan: Plan, run_dir: Path) -> None:
     """Raises StorageError when the checkpoints that are kept, and the one being written, would not find room."""
     run = plan.run.train
     assert run is not None
-    size = step_memory(plan.model, 1, 1).checkpoint + OVERHEAD_BYTES
+    size = step_memory(plan.model, 1, 1).checkpoint + usage_bytes(plan.model) + OVERHEAD_BYTES
     have = len(checkpoints(run_dir))
     needed = max(1, run.keep_checkpoints + 1 - have) * size
     with storage_errors(run_dir):

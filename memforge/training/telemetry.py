@@ -16,6 +16,7 @@ from memforge_kernels.tape import Gathered
 # Rows of a table whose updates are looked at: enough for three digits of a mean, and no cost beside a step.
 SAMPLED_ROWS = 2048
 TOP_SHARE = 0.01
+BYTES_PER_SLOT = 4 + 1  # of SlotUsage: fp32 and bool
 
 
 @dataclass
@@ -74,9 +75,7 @@ class Telemetry:
 
     @classmethod
     def of(cls, plan: ModelPlan, device: torch.device, ranks: Ranks = ALONE) -> "Telemetry":
-        slots = {row.owner: row.shape[0] for row in plan.params if row.group == "values"}
-        readers = {block.path: block.pool_path() for layer in plan.layers for block in layer.blocks}
-        usage = {path: SlotUsage.of(slots[pool], device) for path, pool in readers.items() if pool is not None}
+        usage = {path: SlotUsage.of(slots, device) for path, slots in _slots_read(plan).items()}
         return cls(usage, device, ranks)
 
     def read(self, site: ReadSite, record: Record) -> None:
@@ -125,6 +124,18 @@ class Telemetry:
         for path, usage in self.usage.items():
             usage.weight.copy_(share * state[f"{path}.weight"])
             usage.ever.copy_(state[f"{path}.ever"])
+
+
+def _slots_read(plan: ModelPlan) -> dict[str, int]:
+    """How many slots each block that reads a pool can choose from, by its path."""
+    slots = {row.owner: row.shape[0] for row in plan.params if row.group == "values"}
+    readers = {block.path: block.pool_path() for layer in plan.layers for block in layer.blocks}
+    return {path: slots[pool] for path, pool in readers.items() if pool is not None}
+
+
+def usage_bytes(plan: ModelPlan) -> int:
+    """What every rank keeps of the usage of slots, which is no part of a step and so not in its ledger."""
+    return BYTES_PER_SLOT * sum(_slots_read(plan).values())
 
 
 def update_figures(
