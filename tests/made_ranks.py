@@ -26,7 +26,8 @@ def on_ranks(world: int, function: str, *arguments: Any) -> list[Any]:
     # The checks are of numbers: without a thread for each rank two cores would do little but change between them.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
+    # All of it: what the C library says of a damaged heap stands before the stacks of all ranks.
+    assert done.returncode == 0, done.stderr[-100_000:]
     return [json.loads(line) for line in done.stdout.splitlines()[-world:]]
 
 
