@@ -322,6 +322,13 @@ def test_a_run_that_diverged_has_no_score(file: Path, tmp_path: Path) -> None:
     assert again.differences(well) == []
 
 
+def test_where_nothing_can_be_written_is_one_line(file: Path, tmp_path: Path) -> None:
+    write(tmp_path / "taken", "")
+    for command in ("report", "run"):
+        done = facts(command, file, "--out", tmp_path / "taken" / "out", cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (4, f"error: {tmp_path / 'taken' / 'out'}: Not a directory\n")
+
+
 def test_a_record_that_is_damaged_is_named(file: Path) -> None:
     jobs, records = made(file)
     write(records.path("search.plain.0"), "{")

@@ -20,7 +20,7 @@ from benchmarks.facts.experiment import Experiment, read_experiment
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.records import Records
 from benchmarks.facts.runner import Runner, State, only_one, state
-from memforge.errors import CheckFailedError, DeviceError, MemforgeError, UsageError
+from memforge.errors import CheckFailedError, DeviceError, MemforgeError, StorageError, UsageError
 from memforge.report.console import console, plain
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -142,6 +142,9 @@ def main() -> None:
     except MemforgeError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:  # where records, pictures or runs should go
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+        sys.exit(StorageError.exit_code)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class Records:
         return self.directory / f"{name}.json"
 
     def read(self, job: Job) -> Record | None:
-        """The record of a job, None if it has none. Raises StaleError for another's, StorageError."""
+        """The record of a job, None if it has none. Raises StaleError for another job's."""
         path = self.path(job.name)
         if not path.exists():
             return None

@@ -242,7 +242,8 @@ def arms(found: Found) -> list[str]:
     return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows), note, ""]
 
 
-SCORES = (
+# The measures in the table of a study.
+COLUMNS = (
     "recall", "recall.rare", "held_out_loss", "recalled_bits", "bits_per_param", "bits_per_mflop", "slots_used",
 )  # fmt: skip
 
@@ -261,10 +262,10 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
         cells += [si(round(first.flops_per_token)), si(first.tokens), f"{first.exposures_per_fact or 0:.1f}"]
         diverged = sum(record.ended != "done" for record in records)
         count = f"{len(records)}, {diverged} of them diverged" if diverged else str(len(records))
-        rows.append([*cells, count, *(over(records, measure) for measure in SCORES)])
+        rows.append([*cells, count, *(over(records, measure) for measure in COLUMNS)])
     varied = [name_of(key) for key in study.vary]
     head = ["arm", *varied, "params", "FLOPs per token", "tokens", "exposures per fact", "seeds"]
-    return [f"## Study: {name}", "", *table([*head, *map(name_of, SCORES)], rows)]
+    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows)]
 
 
 def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:

@@ -72,7 +72,7 @@ class Law:
 
     @property
     def stops_at(self) -> float | None:
-        """The x of 90% of the way to the top; None where the points do not tell: it is beyond them, or no top is."""
+        """The x of 90% of the way to the top; None where it is beyond the points or no top is seen."""
         x = float(self.half * 9 ** (1 / self.slope))
         return x if x <= self.largest and self.intervals[0][1] < 1 else None
 

@@ -30,7 +30,7 @@ class RunReporter:
 
     def start(self, plan: Plan, corpus: Any, step: int) -> None:
         described = ", ".join(
-            f"{value:,} {name.replace('_', ' ')}"
+            f"{value:,{'.2f' if isinstance(value, float) else ''}} {name.replace('_', ' ')}"
             for name, value in corpus.description.items()
             if not isinstance(value, str) and "." not in name  # those of all parts together
         )
