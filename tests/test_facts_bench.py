@@ -69,6 +69,7 @@ name = "fixture"
 title = "A fixture"
 baseline = "plain"
 tolerance = 0.2
+threads = 1
 
 [set]
 "data.num_facts" = 20
@@ -176,7 +177,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
         0,
         "0 runs done, 10 left: the same command goes on",
     )
-    done = facts("run", file, cwd=tmp_path)
+    done = facts("run", file, "--at-once", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "results" / "fixture"
     names = sorted(path.stem for path in (out / "runs").glob("*.json"))
@@ -223,26 +224,29 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
 def test_an_interrupted_experiment_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
     long = ('"eval.every_steps" = 2', '"eval.every_steps" = 500\n"train.log_every" = 1')
     write(file, EXPERIMENT.replace(*long).replace('"train.steps" = 2', '"train.steps" = 2000'))
-    command = [sys.executable, "-m", "benchmarks.facts", "run", str(file)]
+    command = [sys.executable, "-m", "benchmarks.facts", "run", str(file), "--at-once", "2"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True
     )
-    run = tmp_path / "runs" / "facts" / "fixture" / "search.plain.0"
-    speed = run / "speed.jsonl"
-    while not (speed.exists() and speed.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.05)
+    runs = [tmp_path / "runs" / "facts" / "fixture" / f"search.plain.{i}" for i in (0, 1)]
+    for speed in (run / "speed.jsonl" for run in runs):
+        while not (speed.exists() and speed.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.05)
     second = facts("run", file, cwd=tmp_path)
     assert second.returncode == 2
     assert "another process runs this experiment" in second.stderr
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "error: search.plain.0: interrupted; the same command goes on with it" in errors
-    (made,) = run.glob("step-*")
-    steps = int(made.name.removeprefix("step-"))
-    assert facts("run", file, "--minutes", "0.02", cwd=tmp_path).returncode == 0
-    assert max(int(path.name.removeprefix("step-")) for path in run.glob("step-*")) > steps
+    assert "error: search.plain.0, search.plain.1: interrupted; the same command goes on with them" in errors
+    before = [last_step(run) for run in runs]
+    assert facts("run", file, "--minutes", "0.02", "--at-once", "2", cwd=tmp_path).returncode == 0
+    assert all(last_step(run) > steps for run, steps in zip(runs, before, strict=True))
+
+
+def last_step(run: Path) -> int:
+    return max(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
 
 
 def made(file: Path) -> tuple[Jobs, Records]:

@@ -6,6 +6,7 @@ python -m benchmarks.facts report EXPERIMENT.toml              # write the repor
 python -m benchmarks.facts repeat EXPERIMENT.toml --count 3    # train some finished runs again and compare
 """
 
+import os
 import random
 import sys
 from importlib.util import find_spec
@@ -42,6 +43,9 @@ class Bench:
         self.scratch = scratch or Path("runs") / "facts" / self.experiment.name
         self.records = Records(self.out / "runs")
 
+    def at_once(self) -> int:
+        return max(1, len(os.sched_getaffinity(0)) // self.experiment.threads)
+
     def state(self) -> State:
         return state(self.jobs, self.records)
 
@@ -52,6 +56,9 @@ def run(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long, and save; default: all of it.")
     ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Trainings at a time; default: as many as the cores have threads for.")
+    ] = None,
     out: Out = None,
     scratch: Scratch = None,
 ) -> None:
@@ -61,7 +68,7 @@ def run(
     require(bench.experiment.corpora)
     require_headline()
     with only_one(bench.scratch, bench.out):
-        now = Runner(bench.jobs, bench.records, bench.scratch, minutes).run()
+        now = Runner(bench.jobs, bench.records, bench.scratch, minutes, at_once or bench.at_once()).run()
     left = len(now.left) + now.waiting
     plain(f"{len(now.done)} runs done" + (f", {left} left: the same command goes on" if left else ""), stderr=True)
     write_report(bench, now)

@@ -1,4 +1,4 @@
-"""Runs the jobs of an experiment through `memforge train`, one after the other, as far as the time goes."""
+"""Runs the jobs of an experiment through `memforge train`, some at a time, as far as the time goes."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from benchmarks.facts.experiment import Experiment, Settings
 from benchmarks.facts.jobs import Job, Jobs
@@ -27,6 +27,7 @@ from memforge.report.run import read_run
 
 TRAIN = [sys.executable, "-m", "memforge", "train"]
 NON_FINITE = 5
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 class TrainingFailedError(MemforgeError):
@@ -108,14 +109,27 @@ def only_one(*directories: Path) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Training:
+    """A job under way: where it trains and what it says go, and how busy the machine was before it."""
+
+    job: Job
+    out: Path
+    log: Path
+    load: float
+
+
 @dataclass
 class Runner:
-    """Trains jobs in directories below `scratch`, which hold what was interrupted; records are all that is kept."""
+    """Trains jobs, `at_once` at a time, in directories below `scratch`, which hold what was interrupted; records are
+    all that is kept.
+    """
 
     jobs: Jobs
     records: Records
     scratch: Path
     minutes: float | None = None
+    at_once: int = 1
     started: float = field(default_factory=time.monotonic)
 
     def minutes_left(self) -> float | None:
@@ -123,34 +137,49 @@ class Runner:
 
     def run(self) -> State:
         """Every job that is left, until the time is over; where the experiment stands then."""
-        while True:
-            now = state(self.jobs, self.records)
-            if not now.left or ((left := self.minutes_left()) is not None and left <= 0):
-                return now
-            job = now.left[0]
-            plain(f"[{len(now.done)} done, {len(now.left) + now.waiting} left] {job.name}", stderr=True)
-            record = self.train(job)
-            if record is None:
-                return state(self.jobs, self.records)
-            self.records.write(record)
-            self.forget(job)
-            plain(f"  {told(record)}", stderr=True)
+        over = False
+        with Processes(self.jobs.experiment.threads) as processes:
+            under_way: dict[str, Training] = {}
+            while True:
+                now = state(self.jobs, self.records)
+                over = over or ((left := self.minutes_left()) is not None and left <= 0)
+                free = 0 if over else self.at_once - len(under_way)
+                for job in [job for job in now.left if job.name not in under_way][:free]:
+                    plain(f"[{len(now.done)} done, {len(now.left) + now.waiting} left] {job.name}", stderr=True)
+                    under_way[job.name] = self.start(job, processes)
+                if not under_way:
+                    return now
+                name, code = processes.next_to_end()
+                training = under_way.pop(name)
+                record = self.record(training, code)
+                if record is None:
+                    over = True
+                else:
+                    self.records.write(record)
+                    self.forget(training.job)
+                    plain(f"  {name} {told(record)}", stderr=True)
 
     def train(self, job: Job) -> Record | None:
         """The record of a job; None if the time was over before. Raises TrainingFailedError where it cannot be made."""
-        out = self.scratch / job.name
-        log = self.scratch / f"{job.name}.log"
-        command = [*TRAIN, str(job.spec), "--out", str(out), "--overwrite"]
+        with Processes(self.jobs.experiment.threads) as processes:
+            training = self.start(job, processes)
+            return self.record(training, processes.next_to_end()[1])
+
+    def start(self, job: Job, processes: "Processes") -> Training:
+        """Begin a training, or go on with it."""
+        training = Training(job, self.scratch / job.name, self.scratch / f"{job.name}.log", os.getloadavg()[0])
+        command = [*TRAIN, str(job.spec), "--out", str(training.out), "--overwrite"]
         command += [word for text in job.overrides for word in ("--set", text)]
-        if self._is_begun(out, job):
-            command = [*TRAIN, str(out), "--resume", "auto"]
+        if self._is_begun(training.out, job):
+            command = [*TRAIN, str(training.out), "--resume", "auto"]
         if (left := self.minutes_left()) is not None:
             command += ["--max-minutes", f"{max(left, 0.1):.2f}"]
-        load = os.getloadavg()[0]
-        with log.open("a") as file:
-            code, stopped_by = watched(command, file, self.jobs.experiment.threads)
-        if stopped_by is not None:
-            raise InterruptedRunError(f"{job.name}: interrupted; the same command goes on with it", stopped_by)
+        processes.start(job.name, command, training.log)
+        return training
+
+    def record(self, training: Training, code: int) -> Record | None:
+        """That of a training that has ended; None if its time was over before."""
+        job, out, log = training.job, training.out, training.log
         if code not in (0, NON_FINITE) or not (out / "summary.json").exists():
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise TrainingFailedError(f"{job.name}: memforge train ended with {code}: {''.join(last)} (see {log})")
@@ -158,7 +187,8 @@ class Runner:
         assert run.summary is not None
         if run.summary.ended == "budget":
             return None
-        return record_of(job, run, made(self.jobs, run.summary.training_seconds or 0.0, load))
+        made_ = made(self.jobs, run.summary.training_seconds or 0.0, training.load, self.at_once)
+        return record_of(job, run, made_)
 
     def forget(self, job: Job) -> None:
         """Delete what a training has left, once there is a record of it."""
@@ -175,35 +205,67 @@ class Runner:
         return same and any(out.glob("step-*"))
 
 
-def watched(command: list[str], log: IO[str], threads: int) -> tuple[int, int | None]:
-    """The exit code of a training, and the signal that this process was told to stop with: the training is told too,
-    and waited for.
+class Processes:
+    """Trainings under way, each with so many threads. What this process is told to stop with they are told too; those
+    that are left where the `with` ends are stopped. All are waited for.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    stopped_by = None
-    process: subprocess.Popen[bytes] | None = None
 
-    def stop(number: int, _: object) -> None:
-        nonlocal stopped_by
-        stopped_by = number
-        if process is not None:
-            process.send_signal(number)
+    def __init__(self, threads: int) -> None:
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.stopped_by: int | None = None
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        # In a session of its own, so that a Ctrl-C reaches it once.
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, start_new_session=True, close_fds=False
-        )
-        if stopped_by is not None:
-            process.send_signal(stopped_by)
-        return process.wait(), stopped_by
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> "Processes":
+        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._stop) for number in stops}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell(signal.SIGTERM)
+        for process in self.running.values():
+            process.wait()
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def start(self, name: str, command: list[str], log: Path) -> None:
+        """Run a command, unless this process was told to stop, with what it says added to a file."""
+        if self.stopped_by is not None:
+            return
+        with log.open("a") as file:
+            # In a session of its own, so that a Ctrl-C reaches it once.
+            self.running[name] = subprocess.Popen(
+                command, stdout=file, stderr=file, env=self.environment, start_new_session=True, close_fds=False
+            )
+        if self.stopped_by is not None:  # meanwhile
+            self._tell(self.stopped_by)
 
-def made(jobs: Jobs, seconds: float, load: float) -> dict[str, Any]:
+    def next_to_end(self) -> tuple[str, int]:
+        """Wait for the next that ends: its name and its exit code. Raises InterruptedRunError, once all have ended,
+        if this process was told to stop.
+        """
+        names = ", ".join(self.running)
+        while True:
+            for name, process in self.running.items():
+                if self.stopped_by is None and (code := process.poll()) is not None:
+                    del self.running[name]
+                    return name, code
+            if self.stopped_by is not None:
+                for process in self.running.values():
+                    process.wait()
+                self.running.clear()
+                raise InterruptedRunError(f"{names}: interrupted; the same command goes on with them", self.stopped_by)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped_by = number
+        self._tell(number)
+
+    def _tell(self, number: int) -> None:
+        for process in self.running.values():
+            process.send_signal(number)
+
+
+def made(jobs: Jobs, seconds: float, load: float, at_once: int) -> dict[str, Any]:
     """Where, when and how fast a record was made; all that may differ between two of the same job."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=jobs.directory, capture_output=True, text=True, check=False
@@ -211,6 +273,7 @@ def made(jobs: Jobs, seconds: float, load: float) -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "threads": jobs.experiment.threads,
+        "at_once": at_once,
         "load": round(load, 2),
         "seconds": round(seconds, 1),
         "commit": commit.stdout.strip(),
