@@ -1,6 +1,7 @@
 """Shared fixtures. `pytest --update-golden` rewrites golden files; the diff is the review."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from forked import server
 
 # Threads that spin while they wait take the cores of the tests beside this one. Before torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A script's background job ignores Ctrl-C, and so would every command that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -22,7 +22,7 @@ from memforge.training.data.facts import (
     copy_from_name,
     families,
     majority,
-    same_first_word,
+    nearest_name,
     shared_prefix,
     unambiguous,
 )
@@ -114,7 +114,11 @@ def test_baselines() -> None:
 def test_what_a_name_gives_away() -> None:
     known = [Fact("Rosmarus a", "Rosaceae"), Fact("Rosmarus b", "Rosaceae"), Fact("Felix", "Felidae"), Fact("Q", "Z")]
     assert shared_prefix(known) == pytest.approx(0.75)
-    assert same_first_word(known) == pytest.approx(0.5)
+    # Rosmarus by Rosmarus; Felix is alone with its start, and Q's answer is nobody else's.
+    assert nearest_name(known) == pytest.approx(0.5)
+    ends = [Fact("Malva virus", "M"), Fact("Malus", "R"), Fact("Rosa virus", "M")]
+    assert nearest_name(ends) == pytest.approx(2 / 3)
+    assert nearest_name(known[:1]) == 0
     assert names_its_family("Elachista corbicula", "Elachistidae")
     assert names_its_family("Rosa", "Rosaceae")
     assert not names_its_family("Malus domestica", "Rosaceae")
@@ -149,7 +153,7 @@ def test_the_taxa_are_those_that_were_measured() -> None:
     assert Fact("Lagocephalus", "Tetraodontidae") in known
     assert not any(names_its_family(fact.subject, fact.answer) for fact in known)
     assert shared_prefix(known) < 0.03
-    assert same_first_word(known) == 0
+    assert nearest_name(known) < 0.2
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ are dropped; and every phrasing is seen in training, but never the pairs that ar
 
 import re
 from bisect import bisect
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -137,16 +138,29 @@ def shared_prefix(facts: Sequence[Fact]) -> float:
     return sum(answers[_most_alike(fact.subject, ordered)] == fact.answer for fact in facts) / len(facts)
 
 
-def same_first_word(facts: Sequence[Fact]) -> float:
-    """Recall of giving the most frequent answer of the other facts whose subject starts with the same word."""
-    groups: dict[str, Counter[str]] = defaultdict(Counter)
-    for fact in facts:
-        groups[fact.subject.split()[0]][fact.answer] += 1
+def nearest_name(facts: Sequence[Fact]) -> float:
+    """Recall of giving the answer of the other fact whose subject is most alike: that shares the longest start with it,
+    or an end that is longer.
+    """
+    names = [fact.subject.casefold() for fact in facts]
     right = 0
-    for fact in facts:
-        others = groups[fact.subject.split()[0]] - Counter([fact.answer])
-        right += bool(others) and others.most_common(1)[0][0] == fact.answer
+    for fact, start, end in zip(facts, _alike(names), _alike([name[::-1] for name in names]), strict=True):
+        other = facts[max(start, end, key=itemgetter(0))[1]]
+        right += other is not fact and other.answer == fact.answer
     return right / len(facts)
+
+
+def _alike(names: list[str]) -> list[tuple[int, int]]:
+    """Of each name how much of its start it shares with the other that shares most, and which that is; of the only one
+    itself.
+    """
+    order = sorted(range(len(names)), key=names.__getitem__)
+    found = [(-1, i) for i in range(len(names))]
+    for i, j in pairwise(order):
+        length = _shared(names[i], names[j])
+        found[i] = max(found[i], (length, j), key=itemgetter(0))
+        found[j] = max(found[j], (length, i), key=itemgetter(0))
+    return found
 
 
 def _contains(subject: str, answer: str) -> bool:
@@ -178,7 +192,7 @@ SOURCES = {
         TAXON_PHRASINGS,
         RARE_TAXON_PHRASINGS,
         families,
-        (majority, copy_from_name, shared_prefix, same_first_word),
+        (majority, copy_from_name, shared_prefix, nearest_name),
     ),
 }
 
