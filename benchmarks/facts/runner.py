@@ -187,8 +187,8 @@ class Runner:
         assert run.summary is not None
         if run.summary.ended == "budget":
             return None
-        made_ = made(self.jobs, run.summary.training_seconds or 0.0, training.load, self.at_once)
-        return record_of(job, run, made_)
+        seconds = run.summary.training_seconds or 0.0
+        return record_of(job, run, made(self.jobs, seconds, training.load, self.at_once))
 
     def forget(self, job: Job) -> None:
         """Delete what a training has left, once there is a record of it."""
@@ -206,18 +206,20 @@ class Runner:
 
 
 class Processes:
-    """Trainings under way, each with so many threads. What this process is told to stop with they are told too; those
-    that are left where the `with` ends are stopped. All are waited for.
+    """Trainings under way, each with so many threads. Each signal that this process is told to stop with they are told
+    once, which is why it is passed on where they are waited for; those left where the `with` ends are stopped.
     """
 
     def __init__(self, threads: int) -> None:
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.stopped_by: int | None = None
+        self.received: list[int] = []
 
     def __enter__(self) -> "Processes":
         stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._stop) for number in stops}
+        self._before = {
+            number: signal.signal(number, lambda number, _: self.received.append(number)) for number in stops
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -228,37 +230,28 @@ class Processes:
             signal.signal(number, handler)
 
     def start(self, name: str, command: list[str], log: Path) -> None:
-        """Run a command, unless this process was told to stop, with what it says added to a file."""
-        if self.stopped_by is not None:
-            return
+        """Run a command, with what it says added to a file."""
         with log.open("a") as file:
             # In a session of its own, so that a Ctrl-C reaches it once.
             self.running[name] = subprocess.Popen(
                 command, stdout=file, stderr=file, env=self.environment, start_new_session=True, close_fds=False
             )
-        if self.stopped_by is not None:  # meanwhile
-            self._tell(self.stopped_by)
 
     def next_to_end(self) -> tuple[str, int]:
-        """Wait for the next that ends: its name and its exit code. Raises InterruptedRunError, once all have ended,
-        if this process was told to stop.
+        """Wait for the next that ends: its name and its exit code. Raises InterruptedRunError, once all have ended, if
+        this process is told to stop.
         """
-        names = ", ".join(self.running)
+        names, told = ", ".join(self.running), 0
         while True:
-            for name, process in self.running.items():
-                if self.stopped_by is None and (code := process.poll()) is not None:
-                    del self.running[name]
-                    return name, code
-            if self.stopped_by is not None:
-                for process in self.running.values():
-                    process.wait()
-                self.running.clear()
-                raise InterruptedRunError(f"{names}: interrupted; the same command goes on with them", self.stopped_by)
+            for number in self.received[told:]:
+                self._tell(number)
+                told += 1
+            ended = [name for name, process in self.running.items() if process.poll() is not None]
+            if told and len(ended) == len(self.running):
+                raise InterruptedRunError(f"{names}: interrupted; the same command goes on with them", self.received[0])
+            if ended and not told:
+                return ended[0], self.running.pop(ended[0]).returncode
             time.sleep(SECONDS_BETWEEN_LOOKS)
-
-    def _stop(self, number: int, _: object) -> None:
-        self.stopped_by = number
-        self._tell(number)
 
     def _tell(self, number: int) -> None:
         for process in self.running.values():
