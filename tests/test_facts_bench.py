@@ -219,6 +219,15 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     again = facts("repeat", file, "--count", "1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "the same" in again.stdout
+    assert again.stderr.splitlines()[0] == "1 of 10 runs that were made here, of 10 in all"
+    for path in (out / "runs").iterdir():
+        there = json.loads(path.read_text())
+        path.write_text(json.dumps(there | {"made": there["made"] | {"cpu": "another"}}))
+    elsewhere = facts("repeat", file, cwd=tmp_path)
+    assert elsewhere.returncode == 2
+    assert elsewhere.stderr == (
+        f"error: {file}: of 10 finished runs none was made with this processor and these packages\n"
+    )
 
 
 def test_an_interrupted_experiment_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:

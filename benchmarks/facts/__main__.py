@@ -20,7 +20,7 @@ from benchmarks.facts.corpora import require
 from benchmarks.facts.experiment import Experiment, read_experiment
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.records import Records
-from benchmarks.facts.runner import Runner, State, only_one, state
+from benchmarks.facts.runner import Runner, State, environment, only_one, state
 from memforge.errors import CheckFailedError, DeviceError, MemforgeError, StorageError, UsageError
 from memforge.report.console import console, plain
 
@@ -105,14 +105,20 @@ def repeat(
     out: Out = None,
     scratch: Scratch = None,
 ) -> None:
-    """Train finished runs again. Exit 1 where one does not come out the same to the byte, `made` aside."""
+    """Train some of the runs again that were finished on a machine like this one. Exit 1 where one does not come out
+    the same to the byte, `made` aside.
+    """
     bench = Bench(file, out, scratch)
     require(bench.experiment.corpora)
-    done = bench.state().done
-    if not done:
-        raise UsageError(f"{file}: no run is finished")
-    drawn = random.Random(seed).sample(sorted(done), min(count, len(done)))
-    jobs = {job.name: job for job in bench.jobs.all(bench.state().chosen)}
+    now, ours = bench.state(), environment()
+    done = now.done
+    # Another processor has other kernels, which add up in another order; so may another torch.
+    names = [name for name, record in sorted(done.items()) if ours.items() <= record.made.items()]
+    if not names:
+        raise UsageError(f"{file}: of {len(done)} finished runs none was made with this processor and these packages")
+    drawn = random.Random(seed).sample(names, min(count, len(names)))
+    plain(f"{len(drawn)} of {len(names)} runs that were made here, of {len(done)} in all", stderr=True)
+    jobs = {job.name: job for job in bench.jobs.all(now.chosen)}
     different = []
     with only_one(bench.scratch):
         runner = Runner(bench.jobs, bench.records, bench.scratch / "repeated")

@@ -264,13 +264,20 @@ def made(jobs: Jobs, seconds: float, load: float, at_once: int) -> dict[str, Any
         ["git", "rev-parse", "--short", "HEAD"], cwd=jobs.directory, capture_output=True, text=True, check=False
     )
     return {
-        "cpu": cpu_name(),
         "threads": jobs.experiment.threads,
         "at_once": at_once,
         "load": round(load, 2),
         "seconds": round(seconds, 1),
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What two runs need to have in common to come out the same to the byte."""
+    return {
+        "cpu": cpu_name(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("memforge", "torch", "numba", "numpy")},
     }
