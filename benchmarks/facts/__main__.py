@@ -3,6 +3,7 @@
 python -m benchmarks.facts run EXPERIMENT.toml --minutes 38    # go on, for so long
 python -m benchmarks.facts status EXPERIMENT.toml              # what is done, and what was chosen
 python -m benchmarks.facts report EXPERIMENT.toml              # write the report of what is done
+python -m benchmarks.facts brief EXPERIMENT.toml               # the table of it that other pages show
 python -m benchmarks.facts repeat EXPERIMENT.toml --count 3    # train some finished runs again and compare
 """
 
@@ -95,6 +96,19 @@ def report(file: File, out: Out = None, scratch: Scratch = None) -> None:
     """Write the report of what is done."""
     bench = Bench(file, out, scratch)
     write_report(bench, bench.state())
+
+
+@app.command()
+def brief(file: File, out: Out = None) -> None:
+    """The table of the main study in Markdown, as other pages show it."""
+    bench = Bench(file, out, None)
+    require_headline()
+    from benchmarks.facts.report import Found, in_brief
+
+    text = in_brief(Found(bench.experiment, bench.jobs, bench.state()))
+    if not text:
+        raise UsageError(f"{file}: no run of it is finished")
+    sys.stdout.write(text)
 
 
 @app.command()

@@ -268,6 +268,28 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
     return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows)]
 
 
+def in_brief(found: Found) -> str:
+    """The study that other pages show, in short, and what an arm is worth; empty where none of it is done."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for _, _, record in found.study(found.experiment.brief or next(iter(found.experiment.study))):
+        groups[record.arm].append(record)
+    if not groups:
+        return ""
+    base = groups.get(found.experiment.baseline)
+    rows = [
+        [
+            found.label(arm),
+            si(records[0].params),
+            f"{records[0].flops_per_token / base[0].flops_per_token:.2f}" if base else "",
+            *(over(records, measure) for measure in ("recall", "held_out_loss", "bits_per_param")),
+        ]
+        for arm, records in groups.items()
+    ]
+    head = ["arm", "params", "FLOPs", *map(name_of, ("recall", "held_out_loss", "bits_per_param"))]
+    lines = [*table(head, rows), *(line for worth in found.experiment.worth for line in times(found, worth))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
     """A picture of a study, and the law through it."""
     lines: dict[str, list[Point]] = defaultdict(list)
