@@ -1,4 +1,4 @@
-"""Run the commands whose output or table the README and docs/profile.md show, and write what they say into them."""
+"""Run the commands whose output the README and docs/profile.md show, and write their real output into them."""
 
 import re
 import shlex
@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-# A table that a command writes, between two comments.
-TABLE = re.compile(r"^(<!-- python -m ([^\n]+) -->\n\n)(.*?)(\n<!-- end -->)$", re.DOTALL | re.MULTILINE)
 PAGES = (REPO / "README.md", REPO / "docs" / "profile.md")
 
 
@@ -46,7 +44,6 @@ def main() -> None:
         for page in PAGES:
             text = page.read_text(encoding="utf-8")
             fresh = shown.sub(lambda m: m[1] + refreshed(m[3], output_of(m[2], directory)) + "```", text)
-            fresh = TABLE.sub(lambda m: m[1] + output_of(m[2], REPO) + m[4], fresh)
             page.write_text(fresh, encoding="utf-8")
 
 

@@ -177,6 +177,8 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
         0,
         "0 runs done, 10 left: the same command goes on",
     )
+    early = facts("brief", file, cwd=tmp_path)
+    assert (early.returncode, early.stderr) == (2, "error: study.core: no run of it is finished\n")
     done = facts("run", file, "--at-once", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "results" / "fixture"
@@ -212,7 +214,11 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert re.search(r"is no table as good\? (By seed|[0-9.]+ times).* In the paper: 4\.", page)
     assert "**It was tried:** and this was found." in page
     assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg"}
+    brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()
+    assert [line.split(" | ")[0] for line in brief if line.startswith("|")][2:] == ["| Plain", "| Table \\| of 64"]
+    assert f"{100 * ours:.1f}% ±" in brief[3]
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    (out / "flops.svg").write_text("of what was found before")
     assert facts("report", file, cwd=tmp_path).returncode == 0
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
@@ -373,11 +379,14 @@ def test_a_mistake_in_the_file_is_one_line(file: Path, old: str, new: str, messa
         read_experiment(file)
 
 
+def test_a_key_of_a_spec_that_is_misspelt_is_refused_with_the_training_that_sets_it(file: Path) -> None:
+    write(file, EXPERIMENT.replace('"train.steps" = 2', '"train.stepz" = 2'))
+    with pytest.raises(UsageError, match=r"search\.plain\.0: --set:\d+:\d+: unknown key `stepz`"):
+        Jobs(read_experiment(file), file.parent).require_parity()
+
+
 def test_an_arm_that_is_not_what_it_claims_trains_nothing(file: Path) -> None:
-    write(
-        file,
-        EXPERIMENT.replace("tolerance = 0.2", "tolerance = 0.2").replace('label = "Plain"', 'label = "P"\ntimes = 2'),
-    )
+    write(file, EXPERIMENT.replace('label = "Plain"', 'label = "P"\ntimes = 2'))
     with pytest.raises(CheckFailedError, match=r"arm\.plain: 1\.0000 times the FLOPs of plain, and times = 2 \+- 20%"):
         Jobs(read_experiment(file), file.parent).require_parity()
 

@@ -105,10 +105,7 @@ def brief(file: File, out: Out = None) -> None:
     require_headline()
     from benchmarks.facts.report import Found, in_brief
 
-    text = in_brief(Found(bench.experiment, bench.jobs, bench.state()))
-    if not text:
-        raise UsageError(f"{file}: no run of it is finished")
-    sys.stdout.write(text)
+    sys.stdout.write(in_brief(Found(bench.experiment, bench.jobs, bench.state())))
 
 
 @app.command()
@@ -125,13 +122,14 @@ def repeat(
     bench = Bench(file, out, scratch)
     require(bench.experiment.corpora)
     now, ours = bench.state(), environment()
-    done = now.done
     # Another processor has other kernels, which add up in another order; so may another torch.
-    names = [name for name, record in sorted(done.items()) if ours.items() <= record.made.items()]
+    names = [name for name, record in sorted(now.done.items()) if ours.items() <= record.made.items()]
     if not names:
-        raise UsageError(f"{file}: of {len(done)} finished runs none was made with this processor and these packages")
+        raise UsageError(
+            f"{file}: of {len(now.done)} finished runs none was made with this processor and these packages"
+        )
     drawn = random.Random(seed).sample(names, min(count, len(names)))
-    plain(f"{len(drawn)} of {len(names)} runs that were made here, of {len(done)} in all", stderr=True)
+    plain(f"{len(drawn)} of {len(names)} runs that were made here, of {len(now.done)} in all", stderr=True)
     jobs = {job.name: job for job in bench.jobs.all(now.chosen)}
     different = []
     with only_one(bench.scratch):
@@ -141,7 +139,7 @@ def repeat(
             again = runner.train(jobs[name])
             assert again is not None
             runner.forget(jobs[name])
-            found = again.differences(done[name])
+            found = again.differences(now.done[name])
             plain(f"{name}: {'DIFFERENT: ' + ', '.join(found) if found else 'the same'}, {again.made['seconds']:.0f} s")
             different += [name] if found else []
     if different:

@@ -131,8 +131,8 @@ class Ablation(Section):
 
 
 class Experiment(Section):
-    """A whole file. `corpora` are the SHA-256 of the sources of facts that it was made with; `brief` is the study whose
-    table other pages show.
+    """A whole file. `corpora` are the SHA-256 of the sources of facts that it was made with; the first study is the
+    main one.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -145,7 +145,6 @@ class Experiment(Section):
     arm: dict[str, Arm]
     search: Search
     study: dict[str, Study]
-    brief: str | None = None
     question: list[Question] = []
     worth: list[Worth] = []
     figure: dict[str, Figure] = {}
@@ -189,7 +188,6 @@ class Experiment(Section):
             self._known("worth.study", [worth.study], self.study)
             self._known("worth", [worth.arm, *worth.along], self.study[worth.study].arms)
         of_points: list[Question | Worth] = [*self.question, *self.worth]
-        self._known("brief", [self.brief] if self.brief else [], self.study)
         for asked in of_points:
             self._known("measure of a question", [asked.measure], SHARES)
             if self.study[asked.study].vary:

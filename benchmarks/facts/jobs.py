@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.facts.experiment import SEED, Experiment, Settings, Study, Value
 from memforge.cost import estimate
-from memforge.errors import CheckFailedError
+from memforge.errors import CheckFailedError, SpecError, UsageError
 from memforge.parity import Axis, claimed, report_seq_len, require
 from memforge.plan import Plan, make_plan
 from memforge.spec import load_spec
@@ -111,10 +111,14 @@ class Jobs:
 
     def require_parity(self) -> dict[str, Axis]:
         """FLOPs of each arm beside those of the baseline. Raises CheckFailedError where one is not what it claims, and
-        SpecError where a setting of any job is a mistake.
+        UsageError where a setting of any job is a mistake.
         """
         for job in self.all({arm: self.experiment.arm[arm].trials()[0] for arm in self.tuned_arms()}):
-            require(claimed(job.plan()))
+            try:
+                plan = job.plan()
+            except SpecError as error:
+                raise UsageError(f"{job.name}: {error}") from None
+            require(claimed(plan))
         baseline = self._costs(self.experiment.baseline)
         found = {}
         for name, arm in self.experiment.arm.items():

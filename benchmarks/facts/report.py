@@ -12,6 +12,7 @@ from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
 from benchmarks.facts.statistics import Estimate, Law, difference, estimate, fit, reached_at
+from memforge.errors import UsageError
 from memforge.report.cost import si
 from memforge.storage import replace_file
 
@@ -68,6 +69,12 @@ class Found:
             if job.name in self.now.done
         ]
 
+    def by_arm(self, study: str) -> dict[str, list[Record]]:
+        groups: dict[str, list[Record]] = defaultdict(list)
+        for _, _, record in self.study(study):
+            groups[record.arm].append(record)
+        return groups
+
     def by_seed(self, study: str, arm: str, measure: str) -> dict[int, float]:
         return {
             seed: value
@@ -89,6 +96,9 @@ def write(experiment: Experiment, jobs: Jobs, now: State, out: Path) -> None:
     """Write the page and its pictures into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     found = Found(experiment, jobs, now)
+    # Pictures of what was found before, which the page may no longer have.
+    for name in experiment.figure:
+        (out / f"{name}.svg").unlink(missing_ok=True)
     replace_file(out / PAGE, page(found, out))
 
 
@@ -269,12 +279,11 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
 
 
 def in_brief(found: Found) -> str:
-    """The study that other pages show, in short, and what an arm is worth; empty where none of it is done."""
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for _, _, record in found.study(found.experiment.brief or next(iter(found.experiment.study))):
-        groups[record.arm].append(record)
+    """The main study in few columns, and what an arm is worth. Raises UsageError where none of it is done."""
+    study = next(iter(found.experiment.study))
+    groups = found.by_arm(study)
     if not groups:
-        return ""
+        raise UsageError(f"study.{study}: no run of it is finished")
     base = groups.get(found.experiment.baseline)
     rows = [
         [
@@ -334,9 +343,7 @@ def number(value: float) -> str:
 
 
 def ablated(found: Found, ablation: Ablation) -> list[str]:
-    records: dict[str, list[Record]] = defaultdict(list)
-    for _, _, record in found.study(ablation.study):
-        records[record.arm].append(record)
+    records = found.by_arm(ablation.study)
     rows = [
         [
             found.label(arm),
