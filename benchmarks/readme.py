@@ -1,4 +1,7 @@
-"""Run the commands whose output the README and docs/profile.md show, and write their real output into them."""
+"""Run the commands whose output the README and docs/profile.md show, and write their real output into them.
+
+Those are the blocks of a console, and tables in Markdown below a comment that is the command.
+"""
 
 import re
 import shlex
@@ -9,6 +12,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = (REPO / "README.md", REPO / "docs" / "profile.md")
+SHOWN = re.compile(r"^(```console\n\$ (memforge [^\n]+)\n)(?!\$)(.*?)^```", re.DOTALL | re.MULTILINE)
+QUOTED = re.compile(r"^(<!-- python -m ([^\n]+) -->\n\n)(.*?)\n(?=^<!-- end -->)", re.DOTALL | re.MULTILINE)
 
 
 def output_of(command: str, directory: Path) -> str:
@@ -40,11 +45,11 @@ def main() -> None:
         (directory / "specs").symlink_to(REPO / "specs")
         typo = spec[1].replace("num_heads = 4\n", "num_head = 4\n").replace("top_k = 16", "top_k = 128")
         (directory / "typo.toml").write_text(typo, encoding="utf-8")
-        shown = re.compile(r"^(```console\n\$ (memforge [^\n]+)\n)(?!\$)(.*?)^```", re.DOTALL | re.MULTILINE)
         for page in PAGES:
             text = page.read_text(encoding="utf-8")
-            fresh = shown.sub(lambda m: m[1] + refreshed(m[3], output_of(m[2], directory)) + "```", text)
-            page.write_text(fresh, encoding="utf-8")
+            text = SHOWN.sub(lambda m: m[1] + refreshed(m[3], output_of(m[2], directory)) + "```", text)
+            text = QUOTED.sub(lambda m: m[1] + output_of(m[2], REPO) + "\n", text)
+            page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
