@@ -303,6 +303,17 @@ def test_an_arm_is_renamed_or_removed_in_the_file_alone(file: Path) -> None:
     assert {record.arm for record in now.done.values()} == {"plain"}
 
 
+def test_a_study_varies_what_the_search_chose_and_shares_the_run_of_the_choice(file: Path) -> None:
+    write(file, EXPERIMENT.replace('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-3, 1e-2]'))
+    jobs = Jobs(read_experiment(file), file.parent)
+    chosen = {"table": {"train.value_learning_rate": 1e-2}}
+    (_, _, slow), (_, _, same) = jobs.of_study("counts", chosen)
+    assert slow.name == "table.train.value_learning_rate-0.001.seed-1"
+    assert slow.plan().run.train.value_learning_rate == 1e-3
+    (_, _, of_core), _ = jobs.of_study("core", chosen)
+    assert (same.name, same.fingerprint) == (of_core.name, of_core.fingerprint) == ("table.seed-1", same.fingerprint)
+
+
 def test_what_says_how_a_run_is_kept_is_no_change_of_it(file: Path) -> None:
     jobs, records = made(file)
     plan_of.cache_clear()
@@ -369,7 +380,8 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
         ('x = "slots"', 'x = "slot"', "figure.sizes.x: slot is none of"),
         ('measure = "held_out_loss"', 'measure = "recal"', "search.measure: recal is none of"),
         ('y = "recall"', 'y = "recalled_bits"', "figure.course.y: recalled_bits is none of"),
-        ('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-3]', "study.counts: .* is set by the arm"),
+        ('"data.num_facts" = [12, 20]', '"train.seed" = [1]', "study.counts.vary: train.seed is set by the arm"),
+        ("vary = {", 'set = { "train.value_learning_rate" = 1e-3 }\nvary = {', "study.counts.set: .* is set by"),
         ("[search]", "[search", "Expected ']' at the end of a table declaration"),
     ],
 )

@@ -67,7 +67,7 @@ class Search(Section):
 
 
 class Study(Section):
-    """Arms trained with every seed, at each value of the keys in `vary`."""
+    """Arms trained with every seed, at each value of the keys in `vary`, also of those that the search has chosen."""
 
     arms: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
@@ -169,7 +169,9 @@ class Experiment(Section):
                 raise ValueError(f"study.{name}.seeds: one is there twice")
             for trained in study.arms:
                 tuned = self.arm[self.arm[trained].tuned_as or trained].search
-                self._free(f"study.{name}", study.set | study.vary, {*tuned, *self.arm[trained].set})
+                own = self.arm[trained].set
+                self._free(f"study.{name}.set", study.set, {*tuned, *own})
+                self._free(f"study.{name}.vary", study.vary, {*study.set, *own})
         for name, arm in self.arm.items():
             self._free(f"arm.{name}.set", arm.set, self.arm[arm.tuned_as or name].search)
         self._known("search.measure", [self.search.measure], MEASURES)
@@ -199,7 +201,7 @@ class Experiment(Section):
         """What is set in two places would be that of the last, in silence."""
         for name in settings:
             if name == SEED or name in taken:
-                raise ValueError(f"{key}: {name} is set by the arm, its search or the seed")
+                raise ValueError(f"{key}: {name} is set by the arm, its search, the study or the seed")
 
     @staticmethod
     def _known(key: str, names: list[str], known: Collection[str]) -> None:

@@ -88,11 +88,11 @@ class Jobs:
                         yield point, seed, self._of_study(study, arm, point, chosen[tuned], seed)
 
     def _of_study(self, study: Study, arm: str, point: Settings, chosen: Settings, seed: int) -> Job:
-        """What differs from what all have is in the name, so that studies share what they have in common."""
+        """What differs from what the arm has anyway is in the name, so that studies share what they have in common."""
         given = study.set | point
-        common = self.experiment.set
-        parts = [f"{key}-{value}" for key, value in given.items() if common.get(key) != value]
-        return self._job(".".join([arm, *sorted(parts), f"seed-{seed}"]), arm, given, chosen, {SEED: seed})
+        usual = self.experiment.set | chosen
+        parts = [f"{key}-{value}" for key, value in given.items() if usual.get(key) != value]
+        return self._job(".".join([arm, *sorted(parts), f"seed-{seed}"]), arm, chosen, given, {SEED: seed})
 
     def all(self, chosen: Mapping[str, Settings]) -> Iterator[Job]:
         """Every job that is known by now; some more than once."""
