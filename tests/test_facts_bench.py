@@ -21,7 +21,7 @@ from benchmarks.facts.experiment import read_experiment
 from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record, record_of
 from benchmarks.facts.runner import Runner, state
-from benchmarks.facts.statistics import difference, estimate, fit, logistic, reached_at
+from benchmarks.facts.statistics import difference, estimate, law_of, logistic, pooled_deviation, reached_at, slope_of
 from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
 from memforge.report.run import read_run
 
@@ -215,7 +215,8 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert "**It was tried:** and this was found." in page
     assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg"}
     brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()
-    assert [line.split(" | ")[0] for line in brief if line.startswith("|")][2:] == ["| Plain", "| Table \\| of 64"]
+    arms = [line.split(" | ")[0] for line in brief if line.startswith("|")][2:]
+    assert arms == ["| Plain", "| Table \\| of 64", "| no model: majority"]
     assert f"{100 * ours:.1f}% ±" in brief[3]
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     (out / "flops.svg").write_text("of what was found before")
@@ -420,29 +421,45 @@ def test_where_a_line_reaches_a_height_in_log_x() -> None:
 
 
 def test_the_law_is_found_in_what_follows_it_from_its_floor() -> None:
-    rng = np.random.default_rng(2)
-    x = np.repeat(2.0 ** np.arange(8, 22, 2), 3)
-    y = logistic(np.log(x), 0.1, 0.8, np.log(5000.0), 0.7) + rng.normal(0, 0.005, len(x))
-    law = fit([*zip(x.tolist(), y.tolist(), strict=True)], 0.1)
+    law = law_of(shares(np.random.default_rng(2), 2.0 ** np.arange(8, 22, 2), (0.1, 0.8, 5000.0, 0.7), 0.005), 0.1)
     assert law is not None
     assert law.top == pytest.approx(0.8, abs=0.03)
     assert law.half == pytest.approx(5000, rel=0.15)
     assert law.slope == pytest.approx(0.7, rel=0.1)
-    for found, (low, high) in zip((0.8, 5000.0, 0.7), law.intervals, strict=True):
-        assert low < found < high
+    assert law.intervals is not None
+    for found, interval in zip((0.8, 5000.0, 0.7), law.intervals, strict=True):
+        assert interval.low < found < interval.high
     assert law.stops_at is not None
     assert law.at(law.stops_at) == pytest.approx(0.1 + 0.9 * (law.top - 0.1))
 
 
 def test_intervals_of_the_law_hold_its_top_as_often_as_they_say() -> None:
-    rng, x = np.random.default_rng(3), np.repeat(2.0 ** np.arange(12, 20, 2), 3)
-    held = []
+    rng, held = np.random.default_rng(3), []
     for _ in range(200):
-        y = logistic(np.log(x), 0.1, 0.5, np.log(2.0**14), 1.0) + rng.normal(0, 0.01, len(x))
-        law = fit([*zip(x.tolist(), y.tolist(), strict=True)], 0.1)
+        law = law_of(shares(rng, 2.0 ** np.arange(12, 20, 2), (0.1, 0.5, 2.0**14, 1.0), 0.005), 0.1)
         assert law is not None
-        held.append(law.intervals[0][0] <= 0.5 <= law.intervals[0][1])
+        assert law.intervals is not None
+        held.append(law.intervals[0].low <= 0.5 <= law.intervals[0].high)
     assert np.mean(held) == pytest.approx(0.95, abs=0.05)
+
+
+def shares(
+    rng: np.random.Generator, x: np.ndarray, law: tuple[float, float, float, float], noise: float
+) -> dict[int, dict[float, float]]:
+    """Of three seeds, scattered about a law: floor, top, half, slope."""
+    floor, top, half, slope = law
+    y = [logistic(np.log(x), floor, top, np.log(half), slope) + rng.normal(0, noise, len(x)) for _ in range(3)]
+    return {seed: dict(zip(x.tolist(), of_seed.tolist(), strict=True)) for seed, of_seed in enumerate(y)}
+
+
+def test_what_a_doubling_adds_is_told_apart_from_what_seeds_differ_by() -> None:
+    level = {1: 0.1, 2: 0.3, 3: 0.2}  # seeds differ in level and not in slope
+    found = slope_of({seed: {2.0**i: at + 0.02 * i for i in (12, 14, 16)} for seed, at in level.items()})
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((0.02, 0.02))
+    assert slope_of({1: {8.0: 0.1}}) is None
+    assert pooled_deviation([[1.0, 3.0], [10.0, 10.0, 10.0], [5.0]]) == pytest.approx(math.sqrt(2 / 3))
+    assert pooled_deviation([[1.0], [2.0]]) is None
 
 
 @pytest.mark.parametrize(
@@ -454,5 +471,5 @@ def test_intervals_of_the_law_hold_its_top_as_often_as_they_say() -> None:
     ],
 )
 def test_no_end_is_claimed_that_the_points_do_not_show(points: list[tuple[float, float]]) -> None:
-    law = fit(points)
+    law = law_of({1: dict(points), 2: dict(points)})
     assert law is None or law.stops_at is None

@@ -103,7 +103,8 @@ def brief(file: File, out: Out = None) -> None:
     """The table of the main study in Markdown, as other pages show it."""
     bench = Bench(file, out, None)
     require_headline()
-    from benchmarks.facts.report import Found, in_brief
+    from benchmarks.facts.found import Found
+    from benchmarks.facts.report import in_brief
 
     sys.stdout.write(in_brief(Found(bench.experiment, bench.jobs, bench.state())))
 

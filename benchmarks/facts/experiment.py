@@ -23,7 +23,7 @@ SEED = "train.seed"
 SHARES = ("recall", "recall.rare")
 SCORES = (*SHARES, "held_out_loss", "held_out_loss.rare")
 MEASURES = (
-    *SCORES, "recalled_bits", "bits_per_param", "bits_per_mflop", "slots_used", "slots", "params", "active_params",
+    *SCORES, "recalled_bits", "bits_per_param", "bits_per_tflop", "slots_used", "slots", "params", "active_params",
     "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
 )  # fmt: skip
 

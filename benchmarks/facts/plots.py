@@ -34,7 +34,7 @@ def draw(
     names: tuple[str, str],
     shown: Callable[[str, float], str],
 ) -> None:
-    """Means over seeds with their 95% intervals, joined line by line; single runs as faint dots."""
+    """Means over seeds with their 95% intervals, joined line by line."""
     settings = {"svg.hashsalt": "memforge", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from benchmarks.facts.experiment import SCORES, Settings
+from benchmarks.facts.experiment import SCORES, SEED, Settings
 from benchmarks.facts.jobs import Job
 from memforge.cost import estimate
 from memforge.errors import StorageError
@@ -44,6 +44,10 @@ class Record(BaseModel):
     usage: dict[str, dict[str, float]]
     made: dict[str, Any]
 
+    @property
+    def seed(self) -> int:
+        return int(str(self.settings[SEED]))
+
     def differences(self, other: "Record") -> list[str]:
         """The fields, `made` aside, that the two do not have to the byte."""
         ours, theirs = (record.model_dump(exclude={"made"}) for record in (self, other))
@@ -61,7 +65,8 @@ class Record(BaseModel):
 
 def _recalled_bits(record: Record) -> float | None:
     """Bits of answers, asked for in phrasings that their facts were not trained in, that the model knows beyond how
-    frequent each answer is, all facts together. Below 0: it is worse than those frequencies.
+    frequent each answer is, all facts together: what predicting them takes less, in nats per token over bits. Below 0:
+    it is worse than those frequencies.
     """
     if "held_out_loss" not in record.final:
         return None
@@ -84,7 +89,7 @@ DERIVED: dict[str, Callable[[Record], float | None]] = {
     "train_flops": lambda record: record.flops_per_token * record.tokens,
     "recalled_bits": _recalled_bits,
     "bits_per_param": lambda record: _bits_per(record, record.params),
-    "bits_per_mflop": lambda record: _bits_per(record, record.flops_per_token / 1e6),
+    "bits_per_tflop": lambda record: _bits_per(record, record.flops_per_token * record.tokens / 1e12),
     "slots_used": _slots_used,
 }
 

@@ -2,94 +2,25 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from benchmarks.facts.experiment import Ablation, Experiment, Figure, Question, Settings, Study, Value, Worth
+from benchmarks.facts.answers import Answer, differences, questions, times
+from benchmarks.facts.experiment import Ablation, Experiment, Figure, Study, Value
+from benchmarks.facts.found import Found, over
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
-from benchmarks.facts.statistics import Estimate, Law, difference, estimate, fit, reached_at
+from benchmarks.facts.shown import name_of, number, points, shown, table, told_settings
+from benchmarks.facts.statistics import Estimate, Law, difference, law_of, pooled_deviation, slope_of
 from memforge.errors import UsageError
 from memforge.report.cost import si
 from memforge.storage import replace_file
 
 PAGE = "report.md"
-# What a measure is called, and how it is printed.
-MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "recall": ("recall", lambda value: f"{100 * value:.1f}%"),
-    "recall.rare": ("recall, rare phrasings", lambda value: f"{100 * value:.1f}%"),
-    "held_out_loss": ("NLL per answer token", lambda value: f"{value:.3f}"),
-    "held_out_loss.rare": ("NLL, rare phrasings", lambda value: f"{value:.3f}"),
-    "recalled_bits": ("bits recalled", lambda value: si(round(value))),
-    "bits_per_param": ("bits per parameter", lambda value: f"{value:.4f}"),
-    "bits_per_mflop": ("kbit per MFLOP a token", lambda value: f"{value / 1e3:.1f}"),
-    "slots_used": ("slots used", lambda value: f"{100 * value:.1f}%"),
-    "flops_per_token": ("FLOPs per token", lambda value: si(round(value))),
-    "train_flops": ("training FLOPs", lambda value: si(round(value))),
-    "slots": ("slots", lambda value: f"{value:,.0f}"),
-}
-SAYS = {True: "yes", False: "no", None: "undecided"}
-PAPER_SAYS = {"more": True, "less": False, "unclear": None}
-
-
-def name_of(measure: str) -> str:
-    return MEASURES[measure][0] if measure in MEASURES else measure.rpartition(".")[2].replace("_", " ")
-
-
-def shown(measure: str, value: float) -> str:
-    return MEASURES[measure][1](value) if measure in MEASURES else f"{value:,.6g}"
-
-
-def interval(measure: str, found: Estimate) -> str:
-    """A mean and how far its interval reaches."""
-    text = shown(measure, found.mean)
-    return f"{text} ± {shown(measure, found.high - found.mean)}" if found.known else text
-
-
-def over(records: Iterable[Record], measure: str) -> str:
-    """The mean of a measure over the runs that have it."""
-    values = [value for record in records if (value := record.figure(measure)) is not None]
-    return interval(measure, estimate(values)) if values else ""
-
-
-class Found:
-    """The records of an experiment, by study."""
-
-    def __init__(self, experiment: Experiment, jobs: Jobs, now: State) -> None:
-        self.experiment, self.jobs, self.now = experiment, jobs, now
-
-    def study(self, name: str) -> list[tuple[Settings, int, Record]]:
-        """Point, seed and record of each finished run of a study."""
-        return [
-            (point, seed, self.now.done[job.name])
-            for point, seed, job in self.jobs.of_study(name, self.now.chosen)
-            if job.name in self.now.done
-        ]
-
-    def by_arm(self, study: str) -> dict[str, list[Record]]:
-        groups: dict[str, list[Record]] = defaultdict(list)
-        for _, _, record in self.study(study):
-            groups[record.arm].append(record)
-        return groups
-
-    def by_seed(self, study: str, arm: str, measure: str) -> dict[int, float]:
-        return {
-            seed: value
-            for _, seed, record in self.study(study)
-            if record.arm == arm and (value := record.figure(measure)) is not None
-        }
-
-    def of_arm(self, arm: str, measure: str) -> list[float]:
-        """The measure of an arm by seed, over all studies that vary no key."""
-        plain = [name for name, study in self.experiment.study.items() if arm in study.arms and not study.vary]
-        found = {seed: value for name in plain for seed, value in self.by_seed(name, arm, measure).items()}
-        return list(found.values())
-
-    def label(self, arm: str) -> str:
-        return self.experiment.arm[arm].label
 
 
 def write(experiment: Experiment, jobs: Jobs, now: State, out: Path) -> None:
@@ -123,107 +54,6 @@ def page(found: Found, out: Path) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-class Answer:
-    """A question with what was found: a difference over seeds, and whether it is more than none."""
-
-    def __init__(self, question: Question, ours: Estimate, theirs: Estimate, more: Estimate) -> None:
-        self.question, self.ours, self.theirs, self.more = question, ours, theirs, more
-
-    @classmethod
-    def of(cls, found: Found, question: Question) -> "Answer | None":
-        ours, theirs = (found.by_seed(question.study, arm, question.measure) for arm in (question.arm, question.than))
-        if not ours.keys() & theirs.keys():
-            return None
-        return cls(question, estimate([*ours.values()]), estimate([*theirs.values()]), difference(ours, theirs))
-
-    @property
-    def verdict(self) -> bool | None:
-        """None: the interval holds zero, or there is none."""
-        if not self.more.known or self.more.low <= 0 <= self.more.high:
-            return None
-        return self.more.low > 0
-
-    @property
-    def differs(self) -> bool:
-        said = PAPER_SAYS[self.question.paper_says]
-        return said is not None and self.verdict is not None and said != self.verdict
-
-
-def differences(experiment: Experiment, answers: list[Answer]) -> list[str]:
-    """Where the order is not that of the paper; what was found out about it."""
-    if not answers:
-        return []
-    differing = [answer for answer in answers if answer.differs]
-    undecided = [answer for answer in answers if answer.verdict is None]
-    lines = ["## Where this differs from the paper", ""]
-    lines += [
-        f"- {a.question.text} {SAYS[a.verdict].capitalize()}, and in the paper {a.question.paper}." for a in differing
-    ]
-    if not differing:
-        lines += ["Nowhere among the questions that the intervals decide."]
-    if undecided:
-        lines += [f"- Undecided, the 95% interval of the difference holds zero: {a.question.text}" for a in undecided]
-    lines += [f"- **{title}** {text}" for title, text in experiment.findings.items()]
-    return [*lines, ""]
-
-
-def questions(answers: list[Answer]) -> list[str]:
-    if not answers:
-        return []
-    return [
-        "## Answers",
-        "",
-        *table(
-            ["question", "answer", "difference, 95% interval", "seeds", "ours", "against", "in the paper"],
-            (
-                [
-                    a.question.text,
-                    f"**{SAYS[a.verdict]}**",
-                    f"{points(a.more.mean)} [{points(a.more.low)}, {points(a.more.high)}]",
-                    str(a.more.count),
-                    interval(a.question.measure, a.ours),
-                    interval(a.question.measure, a.theirs),
-                    a.question.paper,
-                ]
-                for a in answers
-            ),
-        ),
-        "Differences are in percentage points, seed by seed: both arms of a seed train on the same facts in the same "
-        "order. Intervals are Student's t over seeds, each by itself: of "
-        f"{len(answers)} intervals of 95% about {0.05 * len(answers):.1f} miss.",
-        "",
-    ]
-
-
-def times(found: Found, worth: Worth) -> list[str]:
-    """How many times the FLOPs of an arm others need for what it has: by seed, and over seeds where all are known."""
-    ours = found.by_seed(worth.study, worth.arm, worth.measure)
-    costs = {record.arm: record.flops_per_token for _, _, record in found.study(worth.study)}
-    theirs = {arm: found.by_seed(worth.study, arm, worth.measure) for arm in worth.along}
-    seeds = [seed for seed in ours if all(seed in of_arm for of_arm in theirs.values())]
-    if not seeds:
-        return []
-    ratios = []
-    for seed in seeds:
-        line = [(costs[arm], of_arm[seed]) for arm, of_arm in theirs.items()]
-        ratios.append(reached_at(line, ours[seed]) / costs[worth.arm])
-    least, most = (end(costs[arm] for arm in worth.along) / costs[worth.arm] for end in (min, max))
-    each = ", ".join(
-        f"more than {most:.1f}" if ratio == math.inf else f"less than {least:.1f}" if ratio == 0 else f"{ratio:.1f}"
-        for ratio in ratios
-    )
-    text = f"{worth.text} By seed {each} times."
-    if all(0 < ratio < math.inf for ratio in ratios):
-        over = estimate([math.log(ratio) for ratio in ratios])
-        reach = f", 95% interval {math.exp(over.low):.1f} to {math.exp(over.high):.1f}" if over.known else ""
-        text = f"{worth.text} {math.exp(over.mean):.1f} times{reach} (by seed {each})."
-    return [f"{text} In the paper: {worth.paper}.", ""]
-
-
-def points(value: float) -> str:
-    return "?" if math.isnan(value) else f"{100 * value:+.1f}"
-
-
 def arms(found: Found) -> list[str]:
     """What each arm is by the ledger, and the settings that the search chose for it."""
     firsts: dict[str, Record] = {}
@@ -242,7 +72,8 @@ def arms(found: Found) -> list[str]:
             si(round(record.flops_per_token)),
             f"{record.flops_per_token / base.flops_per_token:.3f}" if base else "",
             f"{record.forward_flops_per_token / base.forward_flops_per_token:.3f}" if base else "",
-            told_settings(found.experiment.arm[arm].set | found.now.chosen[found.jobs.tuned_as(arm)]),
+            told_settings(found.experiment.arm[arm].set | found.now.chosen[found.jobs.tuned_as(arm)])
+            + told_edges(found, found.jobs.tuned_as(arm)),
         ]
         for arm, record in firsts.items()
     ]
@@ -254,17 +85,22 @@ def arms(found: Found) -> list[str]:
 
 # The measures in the table of a study.
 COLUMNS = (
-    "recall", "recall.rare", "held_out_loss", "recalled_bits", "bits_per_param", "bits_per_mflop", "slots_used",
+    "recall", "recall.rare", "held_out_loss", "recalled_bits", "bits_per_param", "bits_per_tflop", "slots_used",
 )  # fmt: skip
 
 
 def scores(found: Found, name: str, study: Study) -> list[str]:
-    """A row for each arm and point of a study."""
+    """A row for each arm and point of a study, and what the best guess without a model scores at each point."""
     groups: dict[tuple[str, tuple[tuple[str, Value], ...]], list[Record]] = defaultdict(list)
+    at_point: dict[tuple[tuple[str, Value], ...], list[Record]] = defaultdict(list)
     for point, _, record in found.study(name):
-        groups[record.arm, tuple(point.items())].append(record)
+        at = tuple(point.items())
+        groups[record.arm, at].append(record)
+        at_point[at].append(record)
     if not groups:
         return []
+    varied = [name_of(key) for key in study.vary]
+    head = ["arm", *varied, "params", "FLOPs per token", "tokens", "exposures per fact", "seeds"]
     rows = []
     for (arm, at), records in groups.items():
         first = records[0]
@@ -273,9 +109,38 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
         diverged = sum(record.ended != "done" for record in records)
         count = f"{len(records)}, {diverged} of them diverged" if diverged else str(len(records))
         rows.append([*cells, count, *(over(records, measure) for measure in COLUMNS)])
-    varied = [name_of(key) for key in study.vary]
-    head = ["arm", *varied, "params", "FLOPs per token", "tokens", "exposures per fact", "seeds"]
-    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows)]
+    for at, records in at_point.items():
+        guess, score = best_guess(records)
+        cells = [f"no model: {guess}", *(f"{value:,}" for _, value in at)]
+        rows.append([*cells, *[""] * (len(head) - len(cells)), score, *[""] * (len(COLUMNS) - 1)])
+    note = (
+        "Bits learned: what the answers of all facts take by their frequencies alone, less what they take by the "
+        "model, asked in phrasings held out."
+    )
+    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows), note, *spread(found, groups), ""]
+
+
+def best_guess(records: list[Record]) -> tuple[str, str]:
+    """The best of what scores without a model, and its score."""
+    scored = {name: fmean(record.baselines[name] for record in records) for name in records[0].baselines}
+    best = max(scored, key=lambda name: scored[name])
+    return best.replace("_", " "), shown("recall", scored[best])
+
+
+def spread(found: Found, groups: dict[Any, list[Record]]) -> list[str]:
+    """How far apart runs of one seed must be to differ, by the main study."""
+    if all(len(records) > 1 for records in groups.values()):
+        return []
+    main = next(iter(found.experiment.study))
+    recall = [list(found.by_seed(main, arm, "recall").values()) for arm in found.by_arm(main)]
+    deviation = pooled_deviation(recall)
+    if deviation is None:
+        return []
+    apart = 1.96 * math.sqrt(2) * deviation
+    return [
+        f"Seeds of study {main} differ by a standard deviation of {100 * deviation:.1f} points of recall: of two "
+        f"single runs that are less than {100 * apart:.1f} apart either may be better."
+    ]
 
 
 def in_brief(found: Found) -> str:
@@ -285,16 +150,20 @@ def in_brief(found: Found) -> str:
     if not groups:
         raise UsageError(f"study.{study}: no run of it is finished")
     base = groups.get(found.experiment.baseline)
+    measures = ("recall", "held_out_loss", "recalled_bits")
     rows = [
         [
             found.label(arm),
             si(records[0].params),
             f"{records[0].flops_per_token / base[0].flops_per_token:.2f}" if base else "",
-            *(over(records, measure) for measure in ("recall", "held_out_loss", "bits_per_param")),
+            f"{records[0].forward_flops_per_token / base[0].forward_flops_per_token:.2f}" if base else "",
+            *(over(records, measure) for measure in measures),
         ]
         for arm, records in groups.items()
     ]
-    head = ["arm", "params", "FLOPs", *map(name_of, ("recall", "held_out_loss", "bits_per_param"))]
+    guess, score = best_guess([record for records in groups.values() for record in records])
+    rows.append([f"no model: {guess}", "", "", "", score, "", ""])
+    head = ["arm", "params", "FLOPs", "forward alone", *map(name_of, measures)]
     lines = [*table(head, rows), *(line for worth in found.experiment.worth for line in times(found, worth))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -302,10 +171,12 @@ def in_brief(found: Found) -> str:
 def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
     """A picture of a study, and the law through it."""
     lines: dict[str, list[Point]] = defaultdict(list)
-    for _, _, record in found.study(figure.study):
+    seeds: dict[int, dict[float, float]] = defaultdict(dict)
+    for _, seed, record in found.study(figure.study):
         label, x, y = found.label(record.arm), record.figure(figure.x), record.figure(figure.y)
         if x is None or y is None:
             continue
+        seeds[seed][x] = y
         if figure.join == "runs":
             lines[label] += [Point(x * row["step"] / record.steps, row[figure.y], label) for row in record.curve]
         else:
@@ -315,31 +186,53 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
     law = None
     if figure.law != "none":
         floor = found.of_arm(figure.floor, figure.y) if figure.floor else []
-        law = fit([(p.x, p.y) for points in lines.values() for p in points], fmean(floor) if floor else 0.0)
+        law = law_of(seeds, fmean(floor) if floor else 0.0)
     draw(figure, lines, law, out / f"{name}.svg", (name_of(figure.x), name_of(figure.y)), shown)
     text = [f"## {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
     if figure.note:
         text += [figure.note, ""]
+    if figure.law != "none":
+        text += rises(seeds, figure)
     if law is not None:
         text += [told(law, figure), ""]
     return text
 
 
+def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
+    """What a doubling of x adds to a share, over all of it and from one x to the next."""
+    slope, x = slope_of(seeds), sorted({x for of_seed in seeds.values() for x in of_seed})
+    if slope is None:
+        return []
+    steps = []
+    for low, high in pairwise(x):
+        before, after = ({seed: y[at] for seed, y in seeds.items() if at in y} for at in (low, high))
+        if before.keys() & after.keys():
+            steps.append(f"{shown(figure.x, low)} to {shown(figure.x, high)} {gained(difference(after, before))}")
+    return [
+        f"A doubling of {name_of(figure.x)} adds {gained(slope)} points of {name_of(figure.y)}, by a line through each "
+        f"seed. Step by step: {', '.join(steps)}.",
+        "",
+    ]
+
+
+def gained(found: Estimate) -> str:
+    reach = f" [{points(found.low)}, {points(found.high)}]" if found.known else ""
+    return f"{points(found.mean)}{reach}"
+
+
 def told(law: Law, figure: Figure) -> str:
     """The law in words: its three numbers with their intervals, and where it stops."""
-    (top_low, top_high), (half_low, half_high), (slope_low, slope_high) = law.intervals
     x, y, stops = name_of(figure.x), name_of(figure.y), law.stops_at
     end = "the points do not show where it stops" if stops is None else f"90% of the way is made at {number(stops)} {x}"
     formula = f"{law.floor:.3f} + {law.top - law.floor:.3f} / (1 + ({number(law.half)} / {x})^{law.slope:.2f})"
-    half = f"half of the way at {number(half_low)} to {number(half_high)} {x}"
+    text = f"Fitted: {y} = {formula}, root mean square of the residuals {law.residual:.4f}; {end}."
+    if law.intervals is None:
+        return f"{text} There are no intervals: not every seed has a law of its own."
+    top, half, slope = law.intervals
     return (
-        f"Fitted: {y} = {formula}, root mean square of the residuals {law.residual:.4f}. 95% intervals: top "
-        f"{top_low:.3f} to {top_high:.3f}, {half}, exponent {slope_low:.2f} to {slope_high:.2f}; {end}."
+        f"{text} 95% intervals over seeds: top {top.low:.3f} to {top.high:.3f}, half of the way at {number(half.low)} "
+        f"to {number(half.high)} {x}, exponent {slope.low:.2f} to {slope.high:.2f}."
     )
-
-
-def number(value: float) -> str:
-    return si(round(value)) if 1 <= value < 1e15 else f"{value:.1e}"
 
 
 def ablated(found: Found, ablation: Ablation) -> list[str]:
@@ -358,7 +251,8 @@ def ablated(found: Found, ablation: Ablation) -> list[str]:
     if not rows:
         return []
     head = ["variant", "recall", "NLL", "seeds", ablation.paper_measure]
-    return [f"## {ablation.title}", "", *table(head, rows), *([ablation.note, ""] if ablation.note else [])]
+    notes = [*([ablation.note] if ablation.note else []), *spread(found, records)]
+    return [f"## {ablation.title}", "", *table(head, rows), *notes, ""]
 
 
 def searched(found: Found) -> list[str]:
@@ -370,13 +264,11 @@ def searched(found: Found) -> list[str]:
         for settings, record in zip(given.trials(), trials, strict=True):
             if record is None:
                 continue
-            chosen = found.now.chosen.get(arm) == settings
             cells = [
                 shown(m, record.final[m]) if m in record.final else record.ended for m in ("recall", "held_out_loss")
             ]
-            rows.append(
-                [found.label(arm), told_settings(settings), *cells, chosen_as(settings, given.search) if chosen else ""]
-            )
+            mark = f"**chosen**{told_edges(found, arm)}" if found.now.chosen.get(arm) == settings else ""
+            rows.append([found.label(arm), told_settings(settings), *cells, mark])
     if not rows:
         return []
     common = told_settings(found.experiment.set | search.set)
@@ -390,15 +282,11 @@ def searched(found: Found) -> list[str]:
     ]
 
 
-def chosen_as(settings: Settings, grid: dict[str, list[Value]]) -> str:
-    """Whether what was chosen has been tried from both sides."""
-    edges = [key for key, values in grid.items() if len(values) > 1 and settings[key] in (values[0], values[-1])]
-    return "**chosen**" + "".join(f", {name_of(key)} at the edge of what was tried" for key in edges)
-
-
-def told_settings(settings: Settings) -> str:
-    """As `learning rate 0.003, steps 1500`."""
-    return ", ".join(f"{name_of(key)} {f'{v:g}' if isinstance(v, float) else v}" for key, v in settings.items())
+def told_edges(found: Found, arm: str) -> str:
+    """What was chosen for an arm and has not been tried from both sides."""
+    grid, chosen = found.experiment.arm[arm].search, found.now.chosen[arm]
+    edges = [key for key, values in grid.items() if len(values) > 1 and chosen[key] in (min(values), max(values))]
+    return f"; at the edge of what was tried: {', '.join(map(name_of, edges))}" if edges else ""
 
 
 def data(found: Found) -> list[str]:
@@ -444,13 +332,3 @@ def made(found: Found) -> list[str]:
         f"{versions}; commits {all_of('commit')}.",
         "",
     ]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    kept = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    used = [i for i in range(len(head)) if any(row[i] for row in kept)]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells[i] for i in used) + " |"
-
-    return [line(head), "|" + "---|" * len(used), *map(line, kept), ""]

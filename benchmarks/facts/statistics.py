@@ -1,8 +1,8 @@
 """Means with intervals, paired differences, and the law that recall follows over the number of slots."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -55,8 +55,9 @@ def reached_at(line: Sequence[tuple[float, float]], y: float) -> float:
 class Law:
     """share = floor + (top - floor) / (1 + (half / x) ** slope): a logistic in log x from a floor that is given.
 
-    `intervals` are the 95% of top, half and slope by the curvature of the squares at the fit; `residual` is the root
-    mean square of what the law leaves. `largest` is the largest x it was fitted to.
+    It is through the points of all seeds. `intervals` are the 95% of top, half and slope over seeds, each of which has
+    a law of its own: points of one seed share facts, and are not independent. There are none where a seed has no law.
+    `residual` is the root mean square of what the law leaves, `largest` the largest x it was fitted to.
     """
 
     floor: float
@@ -64,8 +65,8 @@ class Law:
     half: float
     slope: float
     residual: float
-    intervals: tuple[tuple[float, float], ...]
     largest: float
+    intervals: tuple[Estimate, Estimate, Estimate] | None = None
 
     def at(self, x: Any) -> Any:
         return logistic(np.log(x), self.floor, self.top, math.log(self.half), self.slope)
@@ -74,33 +75,58 @@ class Law:
     def stops_at(self) -> float | None:
         """The x of 90% of the way to the top; None where it is beyond the points or no top is seen."""
         x = float(self.half * 9 ** (1 / self.slope))
-        return x if x <= self.largest and self.intervals[0][1] < 1 else None
+        seen = self.intervals is not None and self.intervals[0].high < 1
+        return x if seen and x <= self.largest else None
 
 
 def logistic(log_x: Any, floor: float, top: float, log_half: float, slope: float) -> Any:
     return floor + (top - floor) / (1 + np.exp(slope * (log_half - log_x)))
 
 
-def fit(points: Sequence[tuple[float, float]], floor: float = 0.0) -> Law | None:
-    """The law through (x, share) points by least squares; None of fewer than four x, or where no law is found."""
+def law_of(seeds: Mapping[int, Mapping[float, float]], floor: float = 0.0) -> Law | None:
+    """The law through the shares of each seed by x; None of fewer than four x, or where no law is found."""
+    law = _fit([point for of_seed in seeds.values() for point in of_seed.items()], floor)
+    each = [_fit([*of_seed.items()], floor) for of_seed in seeds.values()]
+    found = [one for one in each if one is not None]
+    if law is None or len(found) < len(each) or len(each) < 2:
+        return law
+    half = estimate([math.log(one.half) for one in found])
+    with np.errstate(over="ignore"):
+        mean, low, high = (float(np.exp(value)) for value in (half.mean, half.low, half.high))
+    top, slope = estimate([one.top for one in found]), estimate([one.slope for one in found])
+    return replace(law, intervals=(top, Estimate(mean, low, high, half.count), slope))
+
+
+def _fit(points: Sequence[tuple[float, float]], floor: float) -> Law | None:
+    """By least squares."""
     x, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     if len(np.unique(x)) < 4 or x.min() <= 0:
         return None
     log_x = np.log(x)
-    start = (min(1.0, float(y.max()) * 1.2), float(np.mean(log_x)), 1.0)
+    start = (max(floor, min(1.0, float(y.max()) * 1.2)), float(np.mean(log_x)), 1.0)
     bounds = ((floor, float(log_x.min()) - 20, 0.01), (1.0, float(log_x.max()) + 20, 20.0))
     try:
-        found, covariance = optimize.curve_fit(
+        found, _ = optimize.curve_fit(
             lambda log_x, *law: logistic(log_x, floor, *law), log_x, y, p0=start, bounds=bounds
         )
     except (RuntimeError, ValueError):
         return None
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 3) * np.sqrt(np.diag(covariance))
-    if not np.isfinite(reach).all():
-        return None
-    (top, log_half, slope), low, high = found, found - reach, found + reach
-    with np.errstate(over="ignore"):
-        half_interval = float(np.exp(low[1])), float(np.exp(high[1]))
-    intervals = (float(low[0]), min(1.0, float(high[0]))), half_interval, (float(low[2]), float(high[2]))
+    top, log_half, slope = (float(value) for value in found)
     residual = float(np.sqrt(np.mean((logistic(log_x, floor, *found) - y) ** 2)))
-    return Law(floor, float(top), math.exp(log_half), float(slope), residual, intervals, float(x.max()))
+    return Law(floor, top, math.exp(log_half), slope, residual, float(x.max()))
+
+
+def slope_of(seeds: Mapping[int, Mapping[float, float]]) -> Estimate | None:
+    """What a doubling of x adds, over seeds: of each seed the line in log2 x by least squares. None of a single x."""
+    if any(len(of_seed) < 2 for of_seed in seeds.values()) or not seeds:
+        return None
+    return estimate([float(np.polyfit(np.log2([*of_seed]), [*of_seed.values()], 1)[0]) for of_seed in seeds.values()])
+
+
+def pooled_deviation(groups: Iterable[Sequence[float]]) -> float | None:
+    """The standard deviation within groups, all of them together; None where no group has two values."""
+    squares = [(np.var(group) * len(group), len(group) - 1) for group in groups if len(group) > 1]
+    if not squares:
+        return None
+    of_all, freedom = (sum(column) for column in zip(*squares, strict=True))
+    return math.sqrt(of_all / freedom)

@@ -1,0 +1,55 @@
+"""The records of an experiment, study by study."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from benchmarks.facts.experiment import Experiment, Settings
+from benchmarks.facts.jobs import Jobs
+from benchmarks.facts.records import Record
+from benchmarks.facts.runner import State
+from benchmarks.facts.shown import interval
+from benchmarks.facts.statistics import estimate
+
+
+class Found:
+    """The records of an experiment, by study."""
+
+    def __init__(self, experiment: Experiment, jobs: Jobs, now: State) -> None:
+        self.experiment, self.jobs, self.now = experiment, jobs, now
+
+    def study(self, name: str) -> list[tuple[Settings, int, Record]]:
+        """Point, seed and record of each finished run of a study."""
+        return [
+            (point, seed, self.now.done[job.name])
+            for point, seed, job in self.jobs.of_study(name, self.now.chosen)
+            if job.name in self.now.done
+        ]
+
+    def by_arm(self, study: str) -> dict[str, list[Record]]:
+        groups: dict[str, list[Record]] = defaultdict(list)
+        for _, _, record in self.study(study):
+            groups[record.arm].append(record)
+        return groups
+
+    def by_seed(self, study: str, arm: str, measure: str) -> dict[int, float]:
+        return scores_of(self.by_arm(study)[arm], measure)
+
+    def of_arm(self, arm: str, measure: str) -> list[float]:
+        """The measure of an arm by seed, over all studies that vary no key."""
+        plain = [name for name, study in self.experiment.study.items() if arm in study.arms and not study.vary]
+        found = {seed: value for name in plain for seed, value in self.by_seed(name, arm, measure).items()}
+        return list(found.values())
+
+    def label(self, arm: str) -> str:
+        return self.experiment.arm[arm].label
+
+
+def scores_of(records: Iterable[Record], measure: str) -> dict[int, float]:
+    """Of the runs that have it, by seed."""
+    return {record.seed: value for record in records if (value := record.figure(measure)) is not None}
+
+
+def over(records: Iterable[Record], measure: str) -> str:
+    """The mean of a measure over the runs that have it."""
+    scores = scores_of(records, measure)
+    return interval(measure, estimate([*scores.values()])) if scores else ""

@@ -1,0 +1,60 @@
+"""How numbers are printed in the report of an experiment."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.facts.experiment import Settings
+from benchmarks.facts.statistics import Estimate
+from memforge.report.cost import si
+
+# What a measure is called, and how it is printed.
+MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "recall": ("recall", lambda value: f"{100 * value:.1f}%"),
+    "recall.rare": ("recall, rare phrasings", lambda value: f"{100 * value:.1f}%"),
+    "held_out_loss": ("NLL per answer token", lambda value: f"{value:.3f}"),
+    "held_out_loss.rare": ("NLL, rare phrasings", lambda value: f"{value:.3f}"),
+    "recalled_bits": ("bits learned", lambda value: si(round(value))),
+    "bits_per_param": ("bits per parameter", lambda value: f"{value:.4f}"),
+    "bits_per_tflop": ("bits per training TFLOP", lambda value: f"{value:,.0f}"),
+    "slots_used": ("slots used", lambda value: f"{100 * value:.1f}%"),
+    "flops_per_token": ("FLOPs per token", lambda value: si(round(value))),
+    "train_flops": ("training FLOPs", lambda value: si(round(value))),
+    "slots": ("slots", lambda value: f"{value:,.0f}"),
+}
+
+
+def name_of(measure: str) -> str:
+    return MEASURES[measure][0] if measure in MEASURES else measure.rpartition(".")[2].replace("_", " ")
+
+
+def shown(measure: str, value: float) -> str:
+    return MEASURES[measure][1](value) if measure in MEASURES else f"{value:,.6g}"
+
+
+def interval(measure: str, found: Estimate) -> str:
+    """A mean and how far its interval reaches."""
+    text = shown(measure, found.mean)
+    return f"{text} ± {shown(measure, found.high - found.mean)}" if found.known else text
+
+
+def points(value: float) -> str:
+    return "?" if math.isnan(value) else f"{100 * value:+.1f}"
+
+
+def number(value: float) -> str:
+    return si(round(value)) if 1 <= value < 1e15 else f"{value:.1e}"
+
+
+def told_settings(settings: Settings) -> str:
+    """As `learning rate 0.003, steps 1500`."""
+    return ", ".join(f"{name_of(key)} {f'{v:g}' if isinstance(v, float) else v}" for key, v in settings.items())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    kept = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    used = [i for i in range(len(head)) if any(row[i] for row in kept)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells[i] for i in used) + " |"
+
+    return [line(head), "|" + "---|" * len(used), *map(line, kept), ""]
