@@ -85,7 +85,7 @@ set = { "data.num_facts" = 10, "train.steps" = 2 }
 [arm.plain]
 spec = "plain.toml"
 label = "Plain"
-search = { "train.learning_rate" = [1e-3, 1e-2] }
+search = [{ "train.learning_rate" = 1e-3 }, { "train.learning_rate" = 1e-2 }]
 
 [arm.table]
 spec = "table.toml"
@@ -371,6 +371,7 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
     ("old", "new", "message"),
     [
         ('baseline = "plain"', 'baseline = "none"', "baseline: none is none of plain, table, table-large"),
+        ('{ "train.learning_rate" = 1e-3 }', '{ "train.steps" = 3 }', "arm.plain: `search` sets other keys"),
         ("trials = 2", "trials = 3", "arm.plain.search: 2 trials, and search.trials = 3 for all"),
         ('tuned_as = "table"', 'tuned_as = "table-large"', "arm.table-large.tuned_as: table-large is none of"),
         ('tuned_as = "table"', "", "arm.table-large: an arm has either `search` or `tuned_as`"),

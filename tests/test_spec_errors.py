@@ -43,6 +43,7 @@ EDITS = {
     "empty-tolerance": ("[data]", '[parity]\nagainst = "bad.toml"\ntolerance = {}\n\n[data]'),
     "catch-up-betas": ("[train]\n", '[train]\nvalue_update = "catch_up"\nbetas = [0.9, 0.8]\n'),
     "sgd-catches-up": ("[train]\n", '[train]\nvalue_update = "catch_up"\nvalue_optimizer = "sgd"\n'),
+    "never-zero": ("[train]\n", '[train]\nschedule = "exponential"\nfinal_rate = 0.0\n'),
     "missing-data": ('kind = "facts"\nnum_facts = 12', 'kind = "text"\npath = "absent.txt"'),
 }
 

@@ -120,13 +120,19 @@ def schedule(path: Path, *overrides: str) -> tuple[list[float], TrainPlan]:
     return [rate_share(step, run, run.schedule) for step in range(100)], run
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "wsd"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "exponential", "constant", "wsd"])
 def test_schedules_warm_up_and_end_where_they_say(tmp_path: Path, name: str) -> None:
     shares, _ = schedule(tmp_path, f"train.schedule={name}")
     assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert shares[10] == pytest.approx(1.0)
     assert shares[99] == pytest.approx(1.0 if name == "constant" else 0.1)
     assert all(a >= b for a, b in pairwise(shares[10:]))
+
+
+def test_an_exponential_schedule_falls_by_the_same_factor_in_each_step(tmp_path: Path) -> None:
+    shares, _ = schedule(tmp_path, "train.schedule=exponential")
+    factors = [b / a for a, b in pairwise(shares[10:])]
+    assert factors == pytest.approx([0.1 ** (1 / 89)] * 89)
 
 
 def test_wsd_stays_at_the_peak_and_falls_over_its_last_steps(tmp_path: Path) -> None:

@@ -35,25 +35,34 @@ class Section(BaseModel):
 class Arm(Section):
     """A spec beside the experiment's file, and how it came by its hyper-parameters.
 
-    `times` is what its FLOPs per token are of the baseline's. `search` are the values to be tried, key by key, in all
-    combinations; `tuned_as` takes what was chosen for another arm. `label` is what reports call it.
+    `times` is what its FLOPs per token are of the baseline's. `search` is what to try: settings, or values key by key
+    in all combinations; `tuned_as` takes what was chosen for another arm. `label` is what reports call it.
     """
 
     spec: str
     label: str
     times: Annotated[float, Field(gt=0)] = 1.0
     set: Settings = {}
-    search: dict[str, list[Value]] = {}
+    search: dict[str, list[Value]] | list[Settings] = {}
     tuned_as: str | None = None
 
     @model_validator(mode="after")
     def _tuned(self) -> "Arm":
         if bool(self.search) == (self.tuned_as is not None):
             raise ValueError("an arm has either `search` or `tuned_as`")
+        if any(trial.keys() != self.trials()[0].keys() for trial in self.trials()):
+            raise ValueError("`search` sets other keys in one trial than in the next")
         return self
 
     def trials(self) -> list[Settings]:
+        if isinstance(self.search, list):
+            return self.search
         return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
+
+    @property
+    def searched(self) -> frozenset[str]:
+        """The keys that the search decides."""
+        return frozenset(self.trials()[0]) if self.search else frozenset()
 
 
 class Search(Section):
@@ -168,12 +177,12 @@ class Experiment(Section):
             if len(set(study.seeds)) < len(study.seeds):
                 raise ValueError(f"study.{name}.seeds: one is there twice")
             for trained in study.arms:
-                tuned = self.arm[self.arm[trained].tuned_as or trained].search
+                tuned = self.arm[self.arm[trained].tuned_as or trained].searched
                 own = self.arm[trained].set
                 self._free(f"study.{name}.set", study.set, {*tuned, *own})
                 self._free(f"study.{name}.vary", study.vary, {*study.set, *own})
         for name, arm in self.arm.items():
-            self._free(f"arm.{name}.set", arm.set, self.arm[arm.tuned_as or name].search)
+            self._free(f"arm.{name}.set", arm.set, self.arm[arm.tuned_as or name].searched)
         self._known("search.measure", [self.search.measure], MEASURES)
         for name, figure in self.figure.items():
             self._known(f"figure.{name}.study", [figure.study], self.study)

@@ -284,9 +284,15 @@ def searched(found: Found) -> list[str]:
 
 def told_edges(found: Found, arm: str) -> str:
     """What was chosen for an arm and has not been tried from both sides."""
-    grid, chosen = found.experiment.arm[arm].search, found.now.chosen[arm]
-    edges = [key for key, values in grid.items() if len(values) > 1 and chosen[key] in (min(values), max(values))]
+    chosen, trials = found.now.chosen[arm], found.experiment.arm[arm].trials()
+    tried = {key: [trial[key] for trial in trials] for key, value in chosen.items() if isinstance(value, float)}
+    edges = [key for key, of_key in tried.items() if len({*of_key}) > 1 and chosen[key] in edges_of(of_key)]
     return f"; at the edge of what was tried: {', '.join(map(name_of, edges))}" if edges else ""
+
+
+def edges_of(values: list[Value]) -> tuple[float, float]:
+    numbers = [float(str(value)) for value in values]
+    return min(numbers), max(numbers)
 
 
 def data(found: Found) -> list[str]:

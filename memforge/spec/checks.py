@@ -181,6 +181,10 @@ def _check_steps(train: TrainSpec) -> Iterator[Problem]:
             f"micro_batch_size = {train.micro_batch_size} is more than batch_size = {train.batch_size}",
             related=((("train", "batch_size"), "batch_size is set here"),),
         )
+    falling = [key for key in ("schedule", "value_schedule") if getattr(train, key) == "exponential"]
+    if falling and train.final_rate == 0:
+        there = tuple((("train", key), f"{key} is set here") for key in falling)
+        yield Problem(("train", "final_rate"), "the schedule exponential never comes to 0", "use 0.01", there)
     if train.decay_steps is None:
         return
     where: KeyPath = ("train", "decay_steps")

@@ -167,7 +167,7 @@ def _refuse(at: tuple[str, ...], value: Any, message: str) -> NoReturn:
 
 Data = Annotated[FactsSpec | TextSpec | MixtureSpec, Field(discriminator="kind")]
 Rate = Annotated[float, Field(ge=0, le=10)]
-ScheduleName = Literal["linear", "cosine", "constant", "wsd"]
+ScheduleName = Literal["linear", "cosine", "exponential", "constant", "wsd"]
 Steps = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -201,7 +201,9 @@ class TrainSpec(SpecModel):
     eps: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="AdamW epsilon")
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(0, description="linear warm-up from zero")
     schedule: ScheduleName = Field(
-        "linear", description="shape after the warm-up; wsd: at the peak, then linear over the last decay_steps"
+        "linear",
+        description="shape after the warm-up; exponential: less by the same factor in each step; wsd: at the peak, "
+        "then linear over the last decay_steps",
     )
     value_schedule: ScheduleName | None = Field(None, description="of value pools; schedule if absent")
     decay_steps: Steps | None = Field(None, description="of wsd; a fifth of the steps when absent")

@@ -31,5 +31,7 @@ def rate_share(step: int, train: TrainPlan, schedule: ScheduleName) -> float:
     # In wsd the first step of the decay is already lower than the peak.
     first = falling - 1 if schedule == "wsd" else falling
     progress = max(0, step - first) / max(1, train.steps - 1 - first)
+    if schedule == "exponential":
+        return train.final_rate**progress
     left = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
     return train.final_rate + (1 - train.final_rate) * left
