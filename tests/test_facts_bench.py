@@ -17,10 +17,11 @@ import pytest
 from conftest import REPO, write
 
 from benchmarks.facts.corpora import require, sha256
-from benchmarks.facts.experiment import read_experiment
+from benchmarks.facts.experiment import Settings, read_experiment
 from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record, record_of
 from benchmarks.facts.runner import Runner, state
+from benchmarks.facts.shown import told_settings
 from benchmarks.facts.statistics import difference, estimate, law_of, logistic, pooled_deviation, reached_at, slope_of
 from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
 from memforge.report.run import read_run
@@ -412,6 +413,11 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     paired = difference({1: 5.0, 2: 7.0, 3: 1.0}, {1: 4.0, 2: 6.0, 4: 0.0})
     assert (paired.mean, paired.low, paired.high, paired.count) == (1.0, 1.0, 1.0, 2)
     assert not estimate([1.0]).known
+
+
+def test_settings_are_told_by_their_kind() -> None:
+    settings: Settings = {"train.schedule": "wsd", "train.steps": 1500, "train.learning_rate": 1e-3, "a.layers": [1, 2]}
+    assert told_settings(settings) == "schedule wsd, steps 1,500, learning rate 0.001, layers [1, 2]"
 
 
 def test_where_a_line_reaches_a_height_in_log_x() -> None:

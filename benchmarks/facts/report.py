@@ -14,7 +14,7 @@ from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
-from benchmarks.facts.shown import name_of, number, points, shown, table, told_settings
+from benchmarks.facts.shown import name_of, number, points, shown, table, told_settings, told_value
 from benchmarks.facts.statistics import Estimate, Law, difference, law_of, pooled_deviation, slope_of
 from memforge.errors import UsageError
 from memforge.report.cost import si
@@ -79,7 +79,11 @@ def arms(found: Found) -> list[str]:
     ]
     head = ["arm", "params", "active", "slots", "FLOPs per token", "times the baseline", "forward alone", "set for it"]
     common = told_settings(found.experiment.set)
-    note = "FLOPs are forward and backward: tables have no gradient with respect to what they are multiplied with."
+    note = (
+        "FLOPs are forward and backward: tables have no gradient with respect to what they are multiplied with. Bits "
+        "learned, below, are what the answers of all facts take by their frequencies alone, less what they take by the "
+        "model, asked in phrasings held out: by cross-entropy, whether or not the whole answer is right."
+    )
     return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows), note, ""]
 
 
@@ -104,20 +108,16 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
     rows = []
     for (arm, at), records in groups.items():
         first = records[0]
-        cells = [found.label(arm), *(f"{value:,}" for _, value in at), si(first.params)]
+        cells = [found.label(arm), *(told_value(value) for _, value in at), si(first.params)]
         cells += [si(round(first.flops_per_token)), si(first.tokens), f"{first.exposures_per_fact or 0:.1f}"]
         diverged = sum(record.ended != "done" for record in records)
         count = f"{len(records)}, {diverged} of them diverged" if diverged else str(len(records))
         rows.append([*cells, count, *(over(records, measure) for measure in COLUMNS)])
     for at, records in at_point.items():
         guess, score = best_guess(records)
-        cells = [f"no model: {guess}", *(f"{value:,}" for _, value in at)]
+        cells = [f"no model: {guess}", *(told_value(value) for _, value in at)]
         rows.append([*cells, *[""] * (len(head) - len(cells)), score, *[""] * (len(COLUMNS) - 1)])
-    note = (
-        "Bits learned: what the answers of all facts take by their frequencies alone, less what they take by the "
-        "model, asked in phrasings held out."
-    )
-    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows), note, *spread(found, groups), ""]
+    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows), *spread(found, groups), ""]
 
 
 def best_guess(records: list[Record]) -> tuple[str, str]:

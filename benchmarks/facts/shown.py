@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.facts.experiment import Settings
+from benchmarks.facts.experiment import Settings, Value
 from benchmarks.facts.statistics import Estimate
 from memforge.report.cost import si
 
@@ -46,8 +46,14 @@ def number(value: float) -> str:
 
 
 def told_settings(settings: Settings) -> str:
-    """As `learning rate 0.003, steps 1500`."""
-    return ", ".join(f"{name_of(key)} {f'{v:g}' if isinstance(v, float) else v}" for key, v in settings.items())
+    """As `learning rate 0.003, steps 1,500`."""
+    return ", ".join(f"{name_of(key)} {told_value(value)}" for key, value in settings.items())
+
+
+def told_value(value: Value) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
