@@ -16,9 +16,14 @@ PAPER_SAYS = {"more": True, "less": False, "unclear": None}
 class Answer:
     """A question with what was found over the seeds that both arms have: a difference, and whether it is one."""
 
-    def __init__(self, question: Question, ours: list[Record], theirs: list[Record]) -> None:
+    def __init__(
+        self,
+        question: Question,
+        ours: list[Record],
+        theirs: list[Record],
+        scores: tuple[dict[int, float], dict[int, float]],
+    ) -> None:
         self.question = question
-        scores = [scores_of(records, question.measure) for records in (ours, theirs)]
         shared = sorted(scores[0].keys() & scores[1].keys())
         self.ours, self.theirs = (estimate([of_arm[seed] for seed in shared]) for of_arm in scores)
         self.more = difference(*scores)
@@ -32,8 +37,8 @@ class Answer:
     def of(cls, found: Found, question: Question) -> "Answer | None":
         """None where the two arms have no seed in common."""
         ours, theirs = (found.by_arm(question.study)[arm] for arm in (question.arm, question.than))
-        shared = scores_of(ours, question.measure).keys() & scores_of(theirs, question.measure).keys()
-        return cls(question, ours, theirs) if shared else None
+        scores = scores_of(ours, question.measure), scores_of(theirs, question.measure)
+        return cls(question, ours, theirs, scores) if scores[0].keys() & scores[1].keys() else None
 
     @property
     def undecided(self) -> str:

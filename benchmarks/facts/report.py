@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.facts.answers import Answer, differences, questions, times
-from benchmarks.facts.experiment import Ablation, Experiment, Figure, Study, Value
+from benchmarks.facts.experiment import Ablation, Experiment, Figure, Settings, Study, Value
 from benchmarks.facts.found import Found, over
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
@@ -78,7 +78,7 @@ def arms(found: Found) -> list[str]:
         for arm, record in firsts.items()
     ]
     head = ["arm", "params", "active", "slots", "FLOPs per token", "times the baseline", "forward alone", "set for it"]
-    common = told_settings(found.experiment.set)
+    common = told_common(found.experiment, {})
     note = (
         "FLOPs are forward and backward: tables have no gradient with respect to what they are multiplied with. Bits "
         "learned, below, are what the answers of all facts take by their frequencies alone, less what they take by the "
@@ -271,7 +271,7 @@ def searched(found: Found) -> list[str]:
             rows.append([found.label(arm), told_settings(settings), *cells, mark])
     if not rows:
         return []
-    common = told_settings(found.experiment.set | search.set)
+    common = told_common(found.experiment, search.set)
     return [
         "## Search",
         "",
@@ -282,17 +282,21 @@ def searched(found: Found) -> list[str]:
     ]
 
 
+def told_common(experiment: Experiment, more: Settings) -> str:
+    """What all runs have, but for what some arm's search decides."""
+    searched = {key for arm in experiment.arm.values() for key in arm.searched}
+    return told_settings({key: value for key, value in (experiment.set | more).items() if key not in searched})
+
+
 def told_edges(found: Found, arm: str) -> str:
     """What was chosen for an arm and has not been tried from both sides."""
     chosen, trials = found.now.chosen[arm], found.experiment.arm[arm].trials()
-    tried = {key: [trial[key] for trial in trials] for key, value in chosen.items() if isinstance(value, float)}
-    edges = [key for key, of_key in tried.items() if len({*of_key}) > 1 and chosen[key] in edges_of(of_key)]
+    edges = []
+    for key, value in chosen.items():
+        tried = {other for trial in trials if isinstance(other := trial[key], float)}
+        if len(tried) > 1 and value in (min(tried), max(tried)):
+            edges.append(key)
     return f"; at the edge of what was tried: {', '.join(map(name_of, edges))}" if edges else ""
-
-
-def edges_of(values: list[Value]) -> tuple[float, float]:
-    numbers = [float(str(value)) for value in values]
-    return min(numbers), max(numbers)
 
 
 def data(found: Found) -> list[str]:
