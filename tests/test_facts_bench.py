@@ -226,8 +226,15 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
 
     again = facts("repeat", file, "--count", "1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "the same" in again.stdout
     assert again.stderr.splitlines()[0] == "1 of 10 runs that were made here, of 10 in all"
+    assert again.stdout.count(": the same, ") == 1
+    altered = out / "runs" / f"{again.stdout.partition(':')[0]}.json"
+    there = json.loads(altered.read_text())
+    altered.write_text(json.dumps(there | {"curve": []}))
+    again = facts("repeat", file, "--count", "1", cwd=tmp_path)
+    assert again.returncode == 1
+    assert ": DIFFERENT: curve, " in again.stdout
+    assert again.stderr.splitlines()[-1] == f"error: not what was found before: {altered.stem}"
     for path in (out / "runs").iterdir():
         there = json.loads(path.read_text())
         path.write_text(json.dumps(there | {"made": there["made"] | {"cpu": "another"}}))
@@ -339,8 +346,7 @@ def test_a_run_that_diverged_has_no_score(file: Path, tmp_path: Path) -> None:
     jobs, records = Jobs(read_experiment(file), file.parent), Records(tmp_path / "records")
     (tmp_path / "scratch").mkdir()
     runner, job = Runner(jobs, records, tmp_path / "scratch"), jobs.trials("plain")[0]
-    well = runner.train(job)
-    assert well is not None
+    well = next(runner.train(lambda: ("", [job])))
     assert well.figure("recall") is not None
     run = read_run(tmp_path / "scratch" / job.name)
     assert run.summary is not None
@@ -349,8 +355,7 @@ def test_a_run_that_diverged_has_no_score(file: Path, tmp_path: Path) -> None:
     assert (found.ended, found.final) == ("non-finite", {})
     assert (found.figure("recall"), found.figure("recalled_bits")) == (None, None)
     # What has finished and was not yet recorded is taken up, not trained again.
-    again = runner.train(job)
-    assert again is not None
+    again = next(runner.train(lambda: ("", [job])))
     assert again.differences(well) == []
 
 

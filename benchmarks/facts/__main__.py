@@ -131,18 +131,17 @@ def repeat(
         )
     drawn = random.Random(seed).sample(names, min(count, len(names)))
     plain(f"{len(drawn)} of {len(names)} runs that were made here, of {len(now.done)} in all", stderr=True)
-    jobs = {job.name: job for job in bench.jobs.all(now.chosen)}
+    waiting = {job.name: job for job in bench.jobs.all(now.chosen) if job.name in drawn}
     different = []
     with only_one(bench.scratch):
-        runner = Runner(bench.jobs, bench.records, bench.scratch / "repeated")
+        runner = Runner(bench.jobs, bench.records, bench.scratch / "repeated", at_once=bench.at_once())
         runner.scratch.mkdir(exist_ok=True)
-        for name in drawn:
-            again = runner.train(jobs[name])
-            assert again is not None
-            runner.forget(jobs[name])
-            found = again.differences(now.done[name])
-            plain(f"{name}: {'DIFFERENT: ' + ', '.join(found) if found else 'the same'}, {again.made['seconds']:.0f} s")
-            different += [name] if found else []
+        for again in runner.train(lambda: (f"{len(waiting)} to compare", list(waiting.values()))):
+            del waiting[again.name]
+            found = again.differences(now.done[again.name])
+            verdict = f"DIFFERENT: {', '.join(found)}" if found else "the same"
+            plain(f"{again.name}: {verdict}, {again.made['seconds']:.0f} s")
+            different += [again.name] if found else []
     if different:
         raise CheckFailedError(f"not what was found before: {', '.join(different)}")
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -137,33 +137,41 @@ class Runner:
 
     def run(self) -> State:
         """Every job that is left, until the time is over; where the experiment stands then."""
+
+        def left() -> tuple[str, list[Job]]:
+            now = state(self.jobs, self.records)
+            return f"{len(now.done)} done, {len(now.left) + now.waiting} left", now.left
+
+        for record in self.train(left):
+            self.records.write(record)
+            plain(f"  {record.name} {told(record)}", stderr=True)
+        return state(self.jobs, self.records)
+
+    def train(self, left: Callable[[], tuple[str, list[Job]]]) -> Iterator[Record]:
+        """The record of each job that is left, as its training ends, until the time is over. `left` says how far it
+        is, and the jobs that have no record yet. What a training leaves is deleted once its record has been taken.
+
+        Raises TrainingFailedError where a record cannot be made.
+        """
         over = False
         with Processes(self.jobs.experiment.threads) as processes:
             under_way: dict[str, Training] = {}
             while True:
-                now = state(self.jobs, self.records)
-                over = over or ((left := self.minutes_left()) is not None and left <= 0)
+                how_far, jobs = left()
+                over = over or ((minutes := self.minutes_left()) is not None and minutes <= 0)
                 free = 0 if over else self.at_once - len(under_way)
-                for job in [job for job in now.left if job.name not in under_way][:free]:
-                    plain(f"[{len(now.done)} done, {len(now.left) + now.waiting} left] {job.name}", stderr=True)
+                for job in [job for job in jobs if job.name not in under_way][:free]:
+                    plain(f"[{how_far}] {job.name}", stderr=True)
                     under_way[job.name] = self.start(job, processes)
                 if not under_way:
-                    return now
+                    return
                 name, code = processes.next_to_end()
                 training = under_way.pop(name)
-                record = self.record(training, code)
-                if record is None:
+                if (record := self.record(training, code)) is None:
                     over = True
                 else:
-                    self.records.write(record)
+                    yield record
                     self.forget(training.job)
-                    plain(f"  {name} {told(record)}", stderr=True)
-
-    def train(self, job: Job) -> Record | None:
-        """The record of a job; None if the time was over before. Raises TrainingFailedError where it cannot be made."""
-        with Processes(self.jobs.experiment.threads) as processes:
-            training = self.start(job, processes)
-            return self.record(training, processes.next_to_end()[1])
 
     def start(self, job: Job, processes: "Processes") -> Training:
         """Begin a training, or go on with it."""
