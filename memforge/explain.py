@@ -22,6 +22,7 @@ UNITS = {
     "rope_theta": "base of the rotary angles", "num_sub_keys": "sub-keys per half; slots are their square",
     "num_experts": "experts", "num_shared_experts": "experts", "capacity_factor": "share of the even load",
     "num_facts": "facts", "num_held_out": "phrasings", "rare_share": "share of the facts",
+    "num_unseen": "facts",
     "held_out": "share of the windows", "steps": "optimizer steps", "warmup_steps": "optimizer steps",
     "log_every": "optimizer steps", "every_steps": "optimizer steps", "batch_size": "sequences",
     "learning_rate": "per step", "value_learning_rate": "per step", "weight_decay": "share of the rate",

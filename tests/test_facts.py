@@ -58,6 +58,25 @@ def test_rare_phrasings_are_trained_for_their_share_and_tested_for_all_others() 
     assert list(named.held_out) == ["a", "a.rare", "b", "b.rare"]
 
 
+def test_facts_that_are_never_trained_are_tested_and_change_nothing_else() -> None:
+    spec = FactsSpec(kind="facts", num_facts=40, rare_share=0.2, num_unseen=17)
+    source, plain = (
+        FactsSource(given, seed=0, key="data") for given in (spec, spec.model_copy(update={"num_unseen": 0}))
+    )
+    tokenizer = train_tokenizer(plain.texts, 400)
+    part, without = (given.part(tokenizer, max_seq_len=96, vocab_size=400, note=print) for given in (source, plain))
+    corpus = Corpus.of(tokenizer, {"": part}, {"": 1.0})
+    tested = decoded(corpus, part.held_out["unseen"].sequences)
+    assert list(part.held_out) == ["", "rare", "unseen"]
+    assert len(set(tested)) == 17
+    told = {f"{p.format(subject=fact.subject)} {fact.answer}": fact for fact in airports() for p in AIRPORT_PHRASINGS}
+    assert len({told[text] for text in tested} - set(source.facts)) == 17
+    assert part.description == without.description | {"held_out_prompts": 40 * 2 + 32 * 2 + 17}
+    for name in ("", "rare"):
+        assert decoded(corpus, part.held_out[name].sequences) == decoded(corpus, without.held_out[name].sequences)
+    assert source.texts == plain.texts
+
+
 def test_no_airport_gives_its_city_away() -> None:
     known = airports()
     assert len(known) > 10_000
@@ -160,6 +179,7 @@ def test_the_taxa_are_those_that_were_measured() -> None:
     ("given", "max_seq_len", "message"),
     [
         ({"num_facts": 10**6}, 96, "holds"),
+        ({"num_facts": 10**4, "num_unseen": 10**4}, 96, "with num_unseen = 10000: the source airports holds"),
         ({"num_facts": 40}, 8, "too short"),
         ({"num_facts": 4, "num_held_out": 7}, 96, "a phrasing untrained"),
         ({"num_facts": 40, "rare_share": 0.01}, 96, "rare_share = 0.01 of 40 facts is none"),

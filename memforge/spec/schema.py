@@ -93,6 +93,9 @@ class FactsSpec(SpecModel):
     rare_share: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.0, description="of the facts, trained in 2 more phrasings; the others are tested in them, as recall.rare"
     )
+    num_unseen: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        0, description="more facts, never trained, each tested in one phrasing, as recall.unseen: what names give away"
+    )
     tokenizer: TokenizerPath = Field(None, description=TOKENIZER_MEANING)
 
 

@@ -58,8 +58,8 @@ RARE_TAXON_PHRASINGS = (
 )
 # Sentences that take some seconds to tokenize; from so many on their tokens are kept.
 CACHED_SENTENCES = 100_000
-# What is held out of the rare phrasings goes by this name.
-RARE = "rare"
+# By these names go the prompts of the phrasings that all facts share, of the rare ones, and of facts never trained.
+COMMON, RARE, UNSEEN = "", "rare", "unseen"
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ SOURCES = {
 class FactsSource:
     """Facts drawn by `seed`, each trained in all phrasings but `num_held_out` of its own, before there is a tokenizer.
 
-    With a `rare_share` two more phrasings are trained for that share of the facts, and tested for the others.
+    With a `rare_share` two more phrasings are trained for that share of the facts, and tested for the others. Of
+    `num_unseen` more facts none is trained; each is tested in a phrasing of its own. Neither changes the other draws.
 
     `key` is the table's in errors. Raises UsageError when there are fewer facts than asked for, or too few to train
     every phrasing; DeviceError when the source is not installed.
@@ -209,18 +210,22 @@ class FactsSource:
     def __init__(self, spec: FactsSpec, *, seed: int, key: str) -> None:
         source = SOURCES[spec.source]
         known = source.facts()
-        if spec.num_facts > len(known):
-            raise UsageError(f"{key}.num_facts = {spec.num_facts}: the source {spec.source} holds {len(known):,} facts")
+        if spec.num_facts + spec.num_unseen > len(known):
+            unseen_too = f" with num_unseen = {spec.num_unseen}" if spec.num_unseen else ""
+            raise UsageError(
+                f"{key}.num_facts = {spec.num_facts}{unseen_too}: the source {spec.source} holds {len(known):,} facts"
+            )
         rng = np.random.Generator(np.random.Philox(key=seed))
-        facts = [known[i] for i in rng.choice(len(known), spec.num_facts, replace=False)]
+        drawn = rng.choice(len(known), spec.num_facts, replace=False)
+        facts = [known[i] for i in drawn]
         phrasings = source.phrasings
-        unseen = [set(rng.permutation(len(phrasings))[: spec.num_held_out].tolist()) for _ in facts]
-        if set.intersection(*unseen):
+        untrained = [set(rng.permutation(len(phrasings))[: spec.num_held_out].tolist()) for _ in facts]
+        if set.intersection(*untrained):
             raise UsageError(
                 f"{key}.num_facts = {spec.num_facts} with num_held_out = {spec.num_held_out} leaves a phrasing "
                 "untrained; use more facts or hold out fewer phrasings"
             )
-        held = np.array([[p in those for p in range(len(phrasings))] for those in unseen])
+        held = np.array([[p in those for p in range(len(phrasings))] for those in untrained])
         if spec.rare_share:
             trained = round(spec.rare_share * len(facts))
             if not trained:
@@ -230,20 +235,30 @@ class FactsSource:
             rare = rng.permutation(len(facts)) >= trained
             phrasings += source.rare_phrasings
             held = np.hstack([held, np.repeat(rare[:, None], len(source.rare_phrasings), axis=1)])
-        self.facts, self.seed = facts, seed
+        others = np.setdiff1d(np.arange(len(known)), drawn)
+        unseen = [known[i] for i in rng.choice(others, spec.num_unseen, replace=False)]
+        told = [phrasing.format(subject=fact.subject) for fact in facts for phrasing in phrasings]
+        asked = [
+            source.phrasings[i % len(source.phrasings)].format(subject=fact.subject) for i, fact in enumerate(unseen)
+        ]
+        self.facts, self.seed, self.num_told = facts, seed, len(told)
         self.baselines = {baseline.__name__: baseline(facts) for baseline in source.baselines}
-        self.num_common = len(source.phrasings)
-        self.held = held.reshape(-1)
-        self.prompts = [phrasing.format(subject=fact.subject) for fact in facts for phrasing in phrasings]
-        self.answers = [f" {fact.answer}" for fact in facts]
-        self.num_phrasings = len(phrasings)
+        # Prompts are those of the facts that are trained, then one of each other fact. Of each its fact, which says the
+        # answer, and whether it is held out.
+        self.prompts = told + asked
+        self.answers = [f" {fact.answer}" for fact in (*facts, *unseen)]
+        self.fact_of = np.array([*np.repeat(range(len(facts)), len(phrasings)), *range(len(facts), len(self.answers))])
+        self.held = np.append(held, np.ones(len(unseen), bool))
+        of_fact = [COMMON] * len(source.phrasings) + [RARE] * (len(phrasings) - len(source.phrasings))
+        part = np.array(of_fact * len(facts) + [UNSEEN] * len(unseen))
+        self.tested = {name: self.held & (part == name) for name in (COMMON, RARE, UNSEEN)}
 
     @property
     def texts(self) -> list[str]:
         """The training sentences."""
         return [
-            prompt + self.answers[i // self.num_phrasings]
-            for i, (prompt, held) in enumerate(zip(self.prompts, self.held.tolist(), strict=True))
+            prompt + self.answers[fact]
+            for prompt, fact, held in zip(self.prompts, self.fact_of.tolist(), self.held.tolist(), strict=True)
             if not held
         ]
 
@@ -265,15 +280,14 @@ class FactsSource:
         if (longest := int(whole.max())) > max_seq_len:
             raise UsageError(f"a fact takes {longest} tokens; model.max_seq_len = {max_seq_len} is too short")
         sentences = Ragged.cut(flat, whole)
-        phrasing = np.arange(len(self.held)) % self.num_phrasings
-        tested = {"": self.held & (phrasing < self.num_common), RARE: self.held & (phrasing >= self.num_common)}
         # In random order, so that the first of them are a fair sample of facts and phrasings.
-        order = np.random.Generator(np.random.Philox(key=self.seed)).permutation(len(self.held))
+        shuffle = np.random.Generator(np.random.Philox(key=self.seed)).permutation
+        order = np.concatenate([shuffle(self.num_told), shuffle(np.arange(self.num_told, len(self.held)))])
         held_out = {
             name: HeldOut(
                 Ragged.cut(sentences.take(those), whole[those]), given[those].astype(np.int64), exact_match=True
             )
-            for name, chosen in tested.items()
+            for name, chosen in self.tested.items()
             if len(those := order[chosen[order]])
         }
         # The end token of one sentence is the start token of the next in the stream.
@@ -291,7 +305,7 @@ class FactsSource:
                 "tokens_per_epoch": units.num_tokens,
                 "held_out_prompts": int(self.held.sum()),
                 "answer_bits": entropy(self.facts),
-                "answer_tokens": float((whole - given)[tested[""]].mean()),
+                "answer_tokens": float((whole - given)[self.tested[COMMON]].mean()),
                 "vocabulary": tokenizer.get_vocab_size(),
                 "corpus_sha256": digest(texts),
             },
@@ -335,7 +349,7 @@ class FactsSource:
         answers = [np.concatenate([answer, end]) for answer in encoded(self.answers, tokenizer)]
         flat: list[npt.NDArray[np.int32]] = []
         for i, given in enumerate(encoded(self.prompts, tokenizer)):
-            flat += [np.concatenate([end, given]), answers[i // self.num_phrasings]]
+            flat += [np.concatenate([end, given]), answers[self.fact_of[i]]]
             if (i + 1) % CACHED_SENTENCES == 0 or i + 1 == len(self.prompts):
                 out.tokens(np.concatenate(flat))
                 out.lengths(np.array([len(piece) for piece in flat]))
