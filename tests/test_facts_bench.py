@@ -22,7 +22,7 @@ from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record, record_of
 from benchmarks.facts.runner import Runner, state
 from benchmarks.facts.shown import told_settings
-from benchmarks.facts.statistics import difference, estimate, law_of, logistic, pooled_deviation, reached_at, slope_of
+from benchmarks.facts.statistics import difference, estimate, law_of, line_of, logistic, pooled_deviation, reached_at
 from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
 from memforge.report.run import read_run
 
@@ -74,6 +74,7 @@ threads = 1
 
 [set]
 "data.num_facts" = 20
+"data.num_unseen" = 5
 "eval.every_steps" = 2
 
 [search]
@@ -81,7 +82,7 @@ trials = 2
 seed = 9
 measure = "held_out_loss"
 best = "least"
-set = { "data.num_facts" = 10, "train.steps" = 2 }
+set = { "data.num_facts" = 10, "data.num_unseen" = 0, "train.steps" = 2 }
 
 [arm.plain]
 spec = "plain.toml"
@@ -91,6 +92,7 @@ search = [{ "train.learning_rate" = 1e-3 }, { "train.learning_rate" = 1e-2 }]
 [arm.table]
 spec = "table.toml"
 label = "Table | of 64"
+note = "64 rows."
 search = { "train.value_learning_rate" = [1e-2, 1e-1] }
 
 [arm.table-large]
@@ -133,6 +135,7 @@ title = "Recall by FLOPs"
 study = "core"
 x = "flops_per_token"
 y = "held_out_loss"
+lines = { "one line" = ["plain", "table"] }
 
 [figure.course]
 title = "Over training"
@@ -179,7 +182,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
         "0 runs done, 10 left: the same command goes on",
     )
     early = facts("brief", file, cwd=tmp_path)
-    assert (early.returncode, early.stderr) == (2, "error: study.core: no run of it is finished\n")
+    assert (early.returncode, early.stderr) == (2, f"error: {file}: no run of the main study is finished\n")
     done = facts("run", file, "--at-once", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "results" / "fixture"
@@ -199,6 +202,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert record.slots == 64
     assert [row["step"] for row in record.curve] == [2, 3]
     assert record.curve[-1]["recall"] == record.final["recall"]
+    assert 0 <= record.final["recall.unseen"] <= 1
     assert record.settings["train.value_learning_rate"] in (1e-2, 1e-1)
     trials = [read_record(out / "runs" / f"search.table.{i}.json") for i in (0, 1)]
     best = min(trials, key=lambda trial: trial.final["held_out_loss"])
@@ -212,7 +216,11 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     )
     assert f"| Does a table beat none? | **undecided** | {100 * (ours - theirs):+.1f} [" in page
     assert "Table \\| of 64" in page
-    assert re.search(r"is no table as good\? (By seed|[0-9.]+ times).* In the paper: 4\.", page)
+    assert re.search(
+        r"is no table as good\? In FLOPs per token by recall, rare phrasings .* times.* In the paper: 4\.", page
+    )
+    assert "Table | of 64: 64 rows." in page
+    assert "one line" in (out / "flops.svg").read_text()
     assert "**It was tried:** and this was found." in page
     assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg"}
     brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()
@@ -382,6 +390,7 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
         ('tuned_as = "table"', 'tuned_as = "table-large"', "arm.table-large.tuned_as: table-large is none of"),
         ('tuned_as = "table"', "", "arm.table-large: an arm has either `search` or `tuned_as`"),
         ('than = "plain"', 'than = "plane"', "question: plane is none of"),
+        ('["plain", "table"] }', '["plain", "tables"] }', "figure.flops.lines: tables is none of plain, table"),
         ('study = "sizes"', 'study = "size"', "figure.sizes.study: size is none of"),
         ("seeds = [1, 2]", "seeds = []", "study.core.seeds: List should have at least 1 item"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "study.core.seeds: one is there twice"),
@@ -466,10 +475,11 @@ def shares(
 
 def test_what_a_doubling_adds_is_told_apart_from_what_seeds_differ_by() -> None:
     level = {1: 0.1, 2: 0.3, 3: 0.2}  # seeds differ in level and not in slope
-    found = slope_of({seed: {2.0**i: at + 0.02 * i for i in (12, 14, 16)} for seed, at in level.items()})
+    found = line_of({seed: {2.0**i: at + 0.02 * i for i in (12, 14, 16)} for seed, at in level.items()})
     assert found is not None
-    assert (found.low, found.high) == pytest.approx((0.02, 0.02))
-    assert slope_of({1: {8.0: 0.1}}) is None
+    assert (found.gain.low, found.gain.high) == pytest.approx((0.02, 0.02))
+    assert found.residual == pytest.approx(np.std([*level.values()]))
+    assert line_of({1: {8.0: 0.1}}) is None
     assert pooled_deviation([[1.0, 3.0], [10.0, 10.0, 10.0], [5.0]]) == pytest.approx(math.sqrt(2 / 3))
     assert pooled_deviation([[1.0], [2.0]]) is None
 

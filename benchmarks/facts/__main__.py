@@ -106,7 +106,10 @@ def brief(file: File, out: Out = None) -> None:
     from benchmarks.facts.found import Found
     from benchmarks.facts.report import in_brief
 
-    sys.stdout.write(in_brief(Found(bench.experiment, bench.jobs, bench.state())))
+    lines = in_brief(Found(bench.experiment, bench.jobs, bench.state()))
+    if not lines:
+        raise UsageError(f"{file}: no run of the main study is finished")
+    sys.stdout.write("\n".join(lines).rstrip() + "\n")
 
 
 @app.command()

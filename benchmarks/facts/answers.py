@@ -3,18 +3,24 @@
 import math
 from statistics import fmean
 
-from benchmarks.facts.experiment import Experiment, Question, Worth
+from benchmarks.facts.experiment import SHARES, Experiment, Question, Worth
 from benchmarks.facts.found import Found, scores_of
 from benchmarks.facts.records import Record
-from benchmarks.facts.shown import interval, points, table
+from benchmarks.facts.shown import change, interval, name_of, table
 from benchmarks.facts.statistics import difference, estimate, reached_at
 
 SAYS = {True: "yes", False: "no", None: "undecided"}
 PAPER_SAYS = {"more": True, "less": False, "unclear": None}
 
 
+# What an answer shows beside the measure it is judged by.
+BESIDE = ("recall.rare", "held_out_loss")
+
+
 class Answer:
-    """A question with what was found over the seeds that both arms have: a difference, and whether it is one."""
+    """A question with what was found over the seeds that both arms have: a difference, and whether it is one. `beside`
+    are the differences by other measures.
+    """
 
     def __init__(
         self,
@@ -27,6 +33,11 @@ class Answer:
         shared = sorted(scores[0].keys() & scores[1].keys())
         self.ours, self.theirs = (estimate([of_arm[seed] for seed in shared]) for of_arm in scores)
         self.more = difference(*scores)
+        self.beside = {
+            measure: difference(scores_of(ours, measure), scores_of(theirs, measure))
+            for measure in BESIDE
+            if scores_of(ours, measure).keys() & scores_of(theirs, measure).keys()
+        }
         self.diverged = sum(record.ended != "done" for record in (*ours, *theirs))
         self.flops, self.forward = (
             fmean(getattr(record, cost) for record in ours) / fmean(getattr(record, cost) for record in theirs)
@@ -78,12 +89,14 @@ def differences(experiment: Experiment, answers: list[Answer]) -> list[str]:
 def questions(answers: list[Answer]) -> list[str]:
     if not answers:
         return []
-    head = ["question", "answer", "difference, 95% interval", "seeds", "ours", "against", "FLOPs of ours in theirs"]
+    head = ["question", "answer", "difference, 95% interval", *(f"by {name_of(name)}" for name in BESIDE), "seeds"]
+    head += ["ours", "against", "FLOPs of ours in theirs"]
     rows = [
         [
             a.question.text,
             f"**{SAYS[a.verdict]}**",
-            f"{points(a.more.mean)} [{points(a.more.low)}, {points(a.more.high)}]",
+            change(a.question.measure, a.more),
+            *(change(name, a.beside[name]) if name in a.beside else "" for name in BESIDE),
             str(a.more.count),
             interval(a.question.measure, a.ours),
             interval(a.question.measure, a.theirs),
@@ -93,34 +106,41 @@ def questions(answers: list[Answer]) -> list[str]:
         for a in answers
     ]
     note = (
-        "Differences are in percentage points, seed by seed: both arms of a seed train on the same facts in the same "
-        "order. Intervals are Student's t over seeds, each by itself: of "
-        f"{len(answers)} intervals of 95% about {0.05 * len(answers):.1f} miss. They do not hold what another search "
-        "might have chosen."
+        "Yes and no are said where the interval does not hold zero. Differences are ours less theirs, of recall in "
+        "percentage points, seed by seed: both arms of a seed train on the same facts in the same order. Intervals are "
+        f"Student's t over seeds, each by itself: of {len(answers)} intervals of 95% about {0.05 * len(answers):.1f} "
+        "miss. They do not hold what another search might have chosen."
     )
     return ["## Answers", "", *table([*head, "in the paper"], rows), note, ""]
 
 
 def times(found: Found, worth: Worth) -> list[str]:
-    """How many times the FLOPs of an arm others need for what it has: by seed, and over seeds where all are known."""
-    ours = found.by_seed(worth.study, worth.arm, worth.measure)
+    """How many times the FLOPs of an arm others need for what it has, by its measure and by NLL."""
+    measures = dict.fromkeys((worth.measure, "held_out_loss"))
+    told = [f"by {name_of(measure)} {text}" for measure in measures if (text := _times(found, worth, measure))]
+    return [f"{worth.text} In FLOPs per token {', '.join(told)}. In the paper: {worth.paper}.", ""] if told else []
+
+
+def _times(found: Found, worth: Worth, measure: str) -> str:
+    """By seed, and over seeds where all are known; nothing where no seed has them all."""
+    sign = 1 if measure in SHARES else -1
+    ours = found.by_seed(worth.study, worth.arm, measure)
     costs = {record.arm: record.flops_per_token for _, _, record in found.study(worth.study)}
-    theirs = {arm: found.by_seed(worth.study, arm, worth.measure) for arm in worth.along}
+    theirs = {arm: found.by_seed(worth.study, arm, measure) for arm in worth.along}
     seeds = [seed for seed in ours if all(seed in of_arm for of_arm in theirs.values())]
     if not seeds:
-        return []
+        return ""
     ratios = []
     for seed in seeds:
-        line = [(costs[arm], of_arm[seed]) for arm, of_arm in theirs.items()]
-        ratios.append(reached_at(line, ours[seed]) / costs[worth.arm])
+        line = [(costs[arm], sign * of_arm[seed]) for arm, of_arm in theirs.items()]
+        ratios.append(reached_at(line, sign * ours[seed]) / costs[worth.arm])
     least, most = (end(costs[arm] for arm in worth.along) / costs[worth.arm] for end in (min, max))
     each = ", ".join(
         f"more than {most:.1f}" if ratio == math.inf else f"less than {least:.1f}" if ratio == 0 else f"{ratio:.1f}"
         for ratio in ratios
     )
-    text = f"{worth.text} By seed {each} times."
-    if all(0 < ratio < math.inf for ratio in ratios):
-        over = estimate([math.log(ratio) for ratio in ratios])
-        reach = f", 95% interval {math.exp(over.low):.1f} to {math.exp(over.high):.1f}" if over.known else ""
-        text = f"{worth.text} {math.exp(over.mean):.1f} times{reach} (by seed {each})."
-    return [f"{text} In the paper: {worth.paper}.", ""]
+    if not all(0 < ratio < math.inf for ratio in ratios):
+        return f"{each} times, by seed"
+    over = estimate([math.log(ratio) for ratio in ratios])
+    reach = f", 95% interval {math.exp(over.low):.1f} to {math.exp(over.high):.1f}" if over.known else ""
+    return f"{math.exp(over.mean):.1f} times{reach} (seeds {each})"

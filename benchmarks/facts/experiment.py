@@ -20,11 +20,11 @@ Settings: TypeAlias = dict[str, Value]
 NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 SEED = "train.seed"
 # What a record knows of a run: shares, other scores, and what follows from them and the ledger.
-SHARES = ("recall", "recall.rare")
-SCORES = (*SHARES, "held_out_loss", "held_out_loss.rare")
+SHARES = ("recall", "recall.rare", "recall.unseen")
+SCORES = (*SHARES, "held_out_loss", "held_out_loss.rare", "held_out_loss.unseen")
 MEASURES = (
-    *SCORES, "recalled_bits", "bits_per_param", "bits_per_tflop", "slots_used", "slots", "params", "active_params",
-    "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
+    *SCORES, "recalled_bits", "bits_per_param", "bits_per_tflop", "slots_used", "slots_ever", "slots", "params",
+    "active_params", "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
 )  # fmt: skip
 
 
@@ -36,11 +36,13 @@ class Arm(Section):
     """A spec beside the experiment's file, and how it came by its hyper-parameters.
 
     `times` is what its FLOPs per token are of the baseline's. `search` is what to try: settings, or values key by key
-    in all combinations; `tuned_as` takes what was chosen for another arm. `label` is what reports call it.
+    in all combinations; `tuned_as` takes what was chosen for another arm. `label` is what reports call it, `note` what
+    they say of it.
     """
 
     spec: str
     label: str
+    note: str = ""
     times: Annotated[float, Field(gt=0)] = 1.0
     set: Settings = {}
     search: dict[str, list[Value]] | list[Settings] = {}
@@ -113,8 +115,9 @@ class Worth(Section):
 class Figure(Section):
     """A picture of a study: a measure over what the ledger or the settings say (`x`), or over the course of a run.
 
-    `join` says which points make a line: those of an arm, all of the study, or the rows of a run. A `law` is fitted to
-    all points; it starts from what the arm `floor` has at the same seeds, or from 0.
+    `join` says which points make a line: those of an arm, all of the study, or the rows of a run. Of arms that `lines`
+    puts under one title, all points make one. A `law` is fitted to all points; it starts from what the arm `floor` has,
+    or from 0.
     """
 
     title: str
@@ -122,6 +125,7 @@ class Figure(Section):
     x: str
     y: str
     join: Literal["arms", "study", "runs"] = "arms"
+    lines: dict[str, list[str]] = {}
     log_x: bool = True
     log_y: bool = False
     law: Literal["none", "logistic"] = "none"
@@ -188,6 +192,8 @@ class Experiment(Section):
             self._known(f"figure.{name}.study", [figure.study], self.study)
             self._known(f"figure.{name}.x", [figure.x], {*MEASURES, *self.study[figure.study].vary})
             self._known(f"figure.{name}.y", [figure.y], SCORES if figure.join == "runs" else MEASURES)
+            joined = [arm for arms in figure.lines.values() for arm in arms]
+            self._known(f"figure.{name}.lines", joined, self.study[figure.study].arms)
             self._known(f"figure.{name}.floor", [figure.floor] if figure.floor else [], self.arm)
         for name, ablation in self.ablation.items():
             self._known(f"ablation.{name}.study", [ablation.study], self.study)

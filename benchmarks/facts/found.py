@@ -31,6 +31,11 @@ class Found:
             groups[record.arm].append(record)
         return groups
 
+    def baseline(self) -> Record | None:
+        """A run of the baseline, for what it costs; None while there is none."""
+        runs = (self.by_arm(name)[self.experiment.baseline] for name in self.experiment.study)
+        return next((run for found in runs for run in found), None)
+
     def by_seed(self, study: str, arm: str, measure: str) -> dict[int, float]:
         return scores_of(self.by_arm(study)[arm], measure)
 

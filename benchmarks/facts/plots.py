@@ -14,9 +14,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from benchmarks.facts.experiment import Figure
 from benchmarks.facts.statistics import Law, estimate
 
-# Of Okabe and Ito: told apart by those who see fewer colours; then the same with other marks.
+# Of Okabe and Ito: told apart by those who see fewer colours; then the same dashed, with other marks.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-MARKS = "osD^vPX*"
+MARKS = "osD^vPX*p"
+DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def draw(
         canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
         axes = canvas.add_subplot()
         for i, (name, points) in enumerate(lines.items()):
-            look = {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)]}
+            color, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
+            dash = DASHES[i // len(COLORS) % len(DASHES)]
             at: dict[float, list[float]] = defaultdict(list)
             for point in points:
                 at[point.x].append(point.y)
@@ -48,7 +50,18 @@ def draw(
             found = [estimate(at[value]) for value in x]
             mean = [one.mean for one in found]
             reach = [one.high - one.mean if one.known else 0.0 for one in found]
-            axes.errorbar(x, mean, yerr=reach, label=name, capsize=3, linewidth=1.5, markersize=5, **look)
+            axes.errorbar(
+                x,
+                mean,
+                yerr=reach,
+                label=name,
+                capsize=3,
+                linewidth=1.5,
+                markersize=5,
+                color=color,
+                marker=mark,
+                linestyle=dash,
+            )
             if figure.join == "study":
                 for label in dict.fromkeys(point.label for point in points):
                     own = [point for point in points if point.label == label]
@@ -69,7 +82,7 @@ def draw(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.y, value)))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1 or law is not None:
+        if len(lines) > 1 or figure.lines or law is not None:
             axes.legend(frameon=False, fontsize=8)
         canvas.savefig(path, format="svg", metadata={"Date": None})
 

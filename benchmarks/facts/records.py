@@ -79,10 +79,10 @@ def _bits_per(record: Record, of: float) -> float | None:
     return None if bits is None else bits / of
 
 
-def _slots_used(record: Record) -> float | None:
-    """The mean over the layers that read slots, each over the last steps before a row of the log."""
-    used = [layer["slots_used"] for layer in record.usage.values()]
-    return fmean(used) if used else None
+def _usage(record: Record, measure: str) -> float | None:
+    """The mean over the layers that read slots, each as in the last row of its log."""
+    found = [layer[measure] for layer in record.usage.values()]
+    return fmean(found) if found else None
 
 
 DERIVED: dict[str, Callable[[Record], float | None]] = {
@@ -90,7 +90,8 @@ DERIVED: dict[str, Callable[[Record], float | None]] = {
     "recalled_bits": _recalled_bits,
     "bits_per_param": lambda record: _bits_per(record, record.params),
     "bits_per_tflop": lambda record: _bits_per(record, record.flops_per_token * record.tokens / 1e12),
-    "slots_used": _slots_used,
+    "slots_used": lambda record: _usage(record, "slots_used"),
+    "slots_ever": lambda record: _usage(record, "slots_ever"),
 }
 
 

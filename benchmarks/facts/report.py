@@ -14,9 +14,8 @@ from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
-from benchmarks.facts.shown import name_of, number, points, shown, table, told_settings, told_value
-from benchmarks.facts.statistics import Estimate, Law, difference, law_of, pooled_deviation, slope_of
-from memforge.errors import UsageError
+from benchmarks.facts.shown import change, name_of, number, shown, table, told_settings, told_value
+from benchmarks.facts.statistics import Law, difference, law_of, line_of, pooled_deviation
 from memforge.report.cost import si
 from memforge.storage import replace_file
 
@@ -41,8 +40,8 @@ def page(found: Found, out: Path) -> str:
         parts += [f"**Not finished: {len(now.done)} runs are done, {left} are left.**", ""]
     answers = [answer for question in experiment.question if (answer := Answer.of(found, question)) is not None]
     parts += differences(experiment, answers)
+    parts += in_brief(found, "## In brief", "")
     parts += questions(answers)
-    parts += [line for worth in experiment.worth for line in times(found, worth)]
     parts += arms(found)
     for title, study in experiment.study.items():
         parts += scores(found, title, study)
@@ -62,7 +61,7 @@ def arms(found: Found) -> list[str]:
             firsts.setdefault(record.arm, record)
     if not firsts:
         return []
-    base = firsts.get(found.experiment.baseline)
+    base = found.baseline()
     rows = [
         [
             found.label(arm),
@@ -70,27 +69,41 @@ def arms(found: Found) -> list[str]:
             si(record.active_params),
             f"{record.slots:,}" if record.slots else "",
             si(round(record.flops_per_token)),
-            f"{record.flops_per_token / base.flops_per_token:.3f}" if base else "",
-            f"{record.forward_flops_per_token / base.forward_flops_per_token:.3f}" if base else "",
+            *in_those_of(record, base),
             told_settings(found.experiment.arm[arm].set | found.now.chosen[found.jobs.tuned_as(arm)])
             + told_edges(found, found.jobs.tuned_as(arm)),
         ]
         for arm, record in firsts.items()
     ]
-    head = ["arm", "params", "active", "slots", "FLOPs per token", "times the baseline", "forward alone", "set for it"]
+    head = ["arm", "params", "active", "slots", "FLOPs per token", *COSTS, "set for it"]
     common = told_common(found.experiment, {})
     note = (
         "FLOPs are forward and backward: tables have no gradient with respect to what they are multiplied with. Bits "
         "learned, below, are what the answers of all facts take by their frequencies alone, less what they take by the "
         "model, asked in phrasings held out: by cross-entropy, whether or not the whole answer is right."
     )
-    return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows), note, ""]
+    given = [found.experiment.arm[arm] for arm in firsts]
+    notes = [f"{arm.label}: {arm.note}" for arm in given if arm.note]
+    return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows), " ".join([note, *notes]), ""]
 
 
 # The measures in the table of a study.
 COLUMNS = (
-    "recall", "recall.rare", "held_out_loss", "recalled_bits", "bits_per_param", "bits_per_tflop", "slots_used",
+    "recall", "recall.rare", "recall.unseen", "held_out_loss", "recalled_bits", "bits_per_param", "bits_per_tflop",
+    "slots_used", "slots_ever",
 )  # fmt: skip
+# What an arm costs of what the baseline does.
+COSTS = ("FLOPs", "forward alone")
+
+
+def in_those_of(record: Record, base: Record | None) -> tuple[str, str]:
+    """What a run costs per token of what the baseline does; nothing while that is not there."""
+    if base is None:
+        return "", ""
+    return (
+        f"{record.flops_per_token / base.flops_per_token:.3f}",
+        f"{record.forward_flops_per_token / base.forward_flops_per_token:.3f}",
+    )
 
 
 def scores(found: Found, name: str, study: Study) -> list[str]:
@@ -117,7 +130,7 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
         guess, score = best_guess(records)
         cells = [f"no model: {guess}", *(told_value(value) for _, value in at)]
         rows.append([*cells, *[""] * (len(head) - len(cells)), score, *[""] * (len(COLUMNS) - 1)])
-    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows), *spread(found, groups), ""]
+    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows), *spread(found, study, groups), ""]
 
 
 def best_guess(records: list[Record]) -> tuple[str, str]:
@@ -127,53 +140,52 @@ def best_guess(records: list[Record]) -> tuple[str, str]:
     return best.replace("_", " "), shown("recall", scored[best])
 
 
-def spread(found: Found, groups: dict[Any, list[Record]]) -> list[str]:
-    """How far apart runs of one seed must be to differ, by the main study."""
+def spread(found: Found, study: Study, groups: dict[Any, list[Record]]) -> list[str]:
+    """How far apart runs of one seed must be to differ, by arms of the main study that are tuned as these are."""
     if all(len(records) > 1 for records in groups.values()):
         return []
-    main = next(iter(found.experiment.study))
-    recall = [list(found.by_seed(main, arm, "recall").values()) for arm in found.by_arm(main)]
-    deviation = pooled_deviation(recall)
+    main, tuned = next(iter(found.experiment.study)), {found.jobs.tuned_as(arm) for arm in study.arms}
+    alike = [arm for arm in found.by_arm(main) if found.jobs.tuned_as(arm) in tuned]
+    deviation = pooled_deviation([list(found.by_seed(main, arm, "recall").values()) for arm in alike])
     if deviation is None:
         return []
     apart = 1.96 * math.sqrt(2) * deviation
     return [
-        f"Seeds of study {main} differ by a standard deviation of {100 * deviation:.1f} points of recall: of two "
-        f"single runs that are less than {100 * apart:.1f} apart either may be better."
+        f"Seeds of {', '.join(map(found.label, alike))} differ in study {main} by a standard deviation of "
+        f"{100 * deviation:.1f} points of recall: of two single runs that are less than {100 * apart:.1f} apart either "
+        "may be better."
     ]
 
 
-def in_brief(found: Found) -> str:
-    """The main study in few columns, and what an arm is worth. Raises UsageError where none of it is done."""
-    study = next(iter(found.experiment.study))
-    groups = found.by_arm(study)
+def in_brief(found: Found, *before: str) -> list[str]:
+    """The main study in few columns, and what an arm is worth; nothing where none of it is done."""
+    groups, base = found.by_arm(next(iter(found.experiment.study))), found.baseline()
     if not groups:
-        raise UsageError(f"study.{study}: no run of it is finished")
-    base = groups.get(found.experiment.baseline)
+        return []
     measures = ("recall", "held_out_loss", "recalled_bits")
     rows = [
         [
             found.label(arm),
             si(records[0].params),
-            f"{records[0].flops_per_token / base[0].flops_per_token:.2f}" if base else "",
-            f"{records[0].forward_flops_per_token / base[0].forward_flops_per_token:.2f}" if base else "",
+            *in_those_of(records[0], base),
             *(over(records, measure) for measure in measures),
         ]
         for arm, records in groups.items()
     ]
     guess, score = best_guess([record for records in groups.values() for record in records])
     rows.append([f"no model: {guess}", "", "", "", score, "", ""])
-    head = ["arm", "params", "FLOPs", "forward alone", *map(name_of, measures)]
-    lines = [*table(head, rows), *(line for worth in found.experiment.worth for line in times(found, worth))]
-    return "\n".join(lines).rstrip() + "\n"
+    head = ["arm", "params", *COSTS, *map(name_of, measures)]
+    return [*before, *table(head, rows), *(line for worth in found.experiment.worth for line in times(found, worth))]
 
 
 def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
     """A picture of a study, and the law through it."""
     lines: dict[str, list[Point]] = defaultdict(list)
     seeds: dict[int, dict[float, float]] = defaultdict(dict)
+    titles = {arm: title for title, arms in figure.lines.items() for arm in arms}
     for _, seed, record in found.study(figure.study):
-        label, x, y = found.label(record.arm), record.figure(figure.x), record.figure(figure.y)
+        label = titles.get(record.arm, found.label(record.arm))
+        x, y = record.figure(figure.x), record.figure(figure.y)
         if x is None or y is None:
             continue
         seeds[seed][x] = y
@@ -200,24 +212,21 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
 
 def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
     """What a doubling of x adds to a share, over all of it and from one x to the next."""
-    slope, x = slope_of(seeds), sorted({x for of_seed in seeds.values() for x in of_seed})
-    if slope is None:
+    line, x = line_of(seeds), sorted({x for of_seed in seeds.values() for x in of_seed})
+    if line is None:
         return []
     steps = []
     for low, high in pairwise(x):
         before, after = ({seed: y[at] for seed, y in seeds.items() if at in y} for at in (low, high))
         if before.keys() & after.keys():
-            steps.append(f"{shown(figure.x, low)} to {shown(figure.x, high)} {gained(difference(after, before))}")
+            gained = change(figure.y, difference(after, before))
+            steps.append(f"{shown(figure.x, low)} to {shown(figure.x, high)} {gained}")
     return [
-        f"A doubling of {name_of(figure.x)} adds {gained(slope)} points of {name_of(figure.y)}, by a line through each "
-        f"seed. Step by step: {', '.join(steps)}.",
+        f"A doubling of {name_of(figure.x)} adds {change(figure.y, line.gain)} points of {name_of(figure.y)}, by a "
+        f"line through each seed (root mean square of the residuals {line.residual:.4f}). Step by step: "
+        f"{', '.join(steps)}.",
         "",
     ]
-
-
-def gained(found: Estimate) -> str:
-    reach = f" [{points(found.low)}, {points(found.high)}]" if found.known else ""
-    return f"{points(found.mean)}{reach}"
 
 
 def told(law: Law, figure: Figure) -> str:
@@ -230,18 +239,19 @@ def told(law: Law, figure: Figure) -> str:
         return f"{text} There are no intervals: not every seed has a law of its own."
     top, half, slope = law.intervals
     return (
-        f"{text} 95% intervals over seeds: top {top.low:.3f} to {top.high:.3f}, half of the way at {number(half.low)} "
-        f"to {number(half.high)} {x}, exponent {slope.low:.2f} to {slope.high:.2f}."
+        f"{text} 95% intervals over seeds: top {max(top.low, 0):.3f} to {min(top.high, 1):.3f}, half of the way at "
+        f"{number(half.low)} to {number(half.high)} {x}, exponent {slope.low:.2f} to {slope.high:.2f}."
     )
 
 
 def ablated(found: Found, ablation: Ablation) -> list[str]:
-    records = found.by_arm(ablation.study)
+    records, base = found.by_arm(ablation.study), found.baseline()
     rows = [
         [
             found.label(arm),
             over(records[arm], "recall"),
             over(records[arm], "held_out_loss"),
+            *in_those_of(records[arm][0], base),
             str(len(records[arm])),
             paper,
         ]
@@ -250,8 +260,11 @@ def ablated(found: Found, ablation: Ablation) -> list[str]:
     ]
     if not rows:
         return []
-    head = ["variant", "recall", "NLL", "seeds", ablation.paper_measure]
-    notes = [*([ablation.note] if ablation.note else []), *spread(found, records)]
+    head = ["variant", "recall", "NLL", *COSTS, "seeds", ablation.paper_measure]
+    notes = [
+        *([ablation.note] if ablation.note else []),
+        *spread(found, found.experiment.study[ablation.study], records),
+    ]
     return [f"## {ablation.title}", "", *table(head, rows), *notes, ""]
 
 

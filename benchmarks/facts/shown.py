@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.facts.experiment import Settings, Value
+from benchmarks.facts.experiment import SHARES, Settings, Value
 from benchmarks.facts.statistics import Estimate
 from memforge.report.cost import si
 
@@ -13,9 +13,12 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "recall.rare": ("recall, rare phrasings", lambda value: f"{100 * value:.1f}%"),
     "held_out_loss": ("NLL per answer token", lambda value: f"{value:.3f}"),
     "held_out_loss.rare": ("NLL, rare phrasings", lambda value: f"{value:.3f}"),
+    "recall.unseen": ("recall, facts never trained", lambda value: f"{100 * value:.1f}%"),
+    "held_out_loss.unseen": ("NLL, facts never trained", lambda value: f"{value:.3f}"),
     "recalled_bits": ("bits learned", lambda value: si(round(value))),
     "bits_per_param": ("bits per parameter", lambda value: f"{value:.4f}"),
     "bits_per_tflop": ("bits per training TFLOP", lambda value: f"{value:,.0f}"),
+    "slots_ever": ("slots ever read", lambda value: f"{100 * value:.1f}%"),
     "slots_used": ("slots used", lambda value: f"{100 * value:.1f}%"),
     "flops_per_token": ("FLOPs per token", lambda value: si(round(value))),
     "train_flops": ("training FLOPs", lambda value: si(round(value))),
@@ -39,6 +42,17 @@ def interval(measure: str, found: Estimate) -> str:
 
 def points(value: float) -> str:
     return "?" if math.isnan(value) else f"{100 * value:+.1f}"
+
+
+def change(measure: str, found: Estimate) -> str:
+    """A difference and its interval: of shares in percentage points, of losses as they are."""
+
+    def told(value: float) -> str:
+        if measure in SHARES:
+            return points(value)
+        return "?" if math.isnan(value) else f"{value:+.3f}"
+
+    return told(found.mean) + (f" [{told(found.low)}, {told(found.high)}]" if found.known else "")
 
 
 def number(value: float) -> str:

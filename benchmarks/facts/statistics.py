@@ -116,11 +116,24 @@ def _fit(points: Sequence[tuple[float, float]], floor: float) -> Law | None:
     return Law(floor, top, math.exp(log_half), slope, residual, float(x.max()))
 
 
-def slope_of(seeds: Mapping[int, Mapping[float, float]]) -> Estimate | None:
-    """What a doubling of x adds, over seeds: of each seed the line in log2 x by least squares. None of a single x."""
+@dataclass(frozen=True)
+class Line:
+    """Straight in log2 x: what a doubling adds, over seeds that have a line each, and the root mean square of what the
+    line through the points of all seeds leaves.
+    """
+
+    gain: Estimate
+    residual: float
+
+
+def line_of(seeds: Mapping[int, Mapping[float, float]]) -> Line | None:
+    """The lines through the shares of each seed by x, by least squares. None of a single x."""
     if any(len(of_seed) < 2 for of_seed in seeds.values()) or not seeds:
         return None
-    return estimate([float(np.polyfit(np.log2([*of_seed]), [*of_seed.values()], 1)[0]) for of_seed in seeds.values()])
+    gains = [float(np.polyfit(np.log2([*of_seed]), [*of_seed.values()], 1)[0]) for of_seed in seeds.values()]
+    x, y = np.array([point for of_seed in seeds.values() for point in of_seed.items()]).T
+    left = y - np.polyval(np.polyfit(np.log2(x), y, 1), np.log2(x))
+    return Line(estimate(gains), float(np.sqrt(np.mean(left**2))))
 
 
 def pooled_deviation(groups: Iterable[Sequence[float]]) -> float | None:
