@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.facts.answers import Answer, differences, questions, times
-from benchmarks.facts.experiment import Ablation, Experiment, Figure, Settings, Study, Value
+from benchmarks.facts.experiment import Ablation, Experiment, Figure, Study, Value
 from benchmarks.facts.found import Found, over
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
@@ -76,7 +76,7 @@ def arms(found: Found) -> list[str]:
         for arm, record in firsts.items()
     ]
     head = ["arm", "params", "active", "slots", "FLOPs per token", *COSTS, "set for it"]
-    common = told_common(found.experiment, {})
+    common = told_settings(found.experiment.set)
     note = (
         "FLOPs are forward and backward: tables have no gradient with respect to what they are multiplied with. Bits "
         "learned, below, are what the answers of all facts take by their frequencies alone, less what they take by the "
@@ -84,7 +84,15 @@ def arms(found: Found) -> list[str]:
     )
     given = [found.experiment.arm[arm] for arm in firsts]
     notes = [f"{arm.label}: {arm.note}" for arm in given if arm.note]
-    return ["## Arms", "", f"All runs: {common}.", "", *table(head, rows), " ".join([note, *notes]), ""]
+    return [
+        "## Arms",
+        "",
+        f"All runs, but for what is set for an arm or varied in a study: {common}.",
+        "",
+        *table(head, rows),
+        " ".join([note, *notes]),
+        "",
+    ]
 
 
 # The measures in the table of a study.
@@ -284,21 +292,15 @@ def searched(found: Found) -> list[str]:
             rows.append([found.label(arm), told_settings(settings), *cells, mark])
     if not rows:
         return []
-    common = told_common(found.experiment, search.set)
+    common = told_settings(found.experiment.set | search.set)
     return [
         "## Search",
         "",
-        f"{search.trials} trials for every arm: {common}, seed {search.seed}. Chosen by {name_of(search.measure)}, the "
-        f"{search.best}.",
+        f"{search.trials} trials for every arm, but for what they try: {common}, seed {search.seed}. Chosen by "
+        f"{name_of(search.measure)}, the {search.best}.",
         "",
         *table(["arm", "tried", "recall", "NLL", ""], rows),
     ]
-
-
-def told_common(experiment: Experiment, more: Settings) -> str:
-    """What all runs have, but for what some arm's search decides."""
-    searched = {key for arm in experiment.arm.values() for key in arm.searched}
-    return told_settings({key: value for key, value in (experiment.set | more).items() if key not in searched})
 
 
 def told_edges(found: Found, arm: str) -> str:
