@@ -1,7 +1,8 @@
 """Facts in several phrasings, held out by (fact, phrasing).
 
-Two traps, both measured on the airports: 42% of names contain their city, so rows that share a word with their answer
-are dropped; and every phrasing is seen in training, but never the pairs that are tested.
+Three traps, all measured on the airports. 42% of names contain their city, so rows that share a word with their answer
+are dropped. Every phrasing is seen in training, but never the pairs that are tested. And in a phrasing that starts with
+the name it has other tokens: a model that recalled 99% in each other phrasing recalled 47% in that one.
 """
 
 import re
@@ -26,9 +27,10 @@ from memforge.training.data.shards import Packed, Writer, entry_key, packed_toke
 from memforge.training.data.taxa import names_its_family, taxa
 from memforge.training.data.tokenizer import end_id, num_ids
 
-# Each phrasing ends where the answer starts, so that a test is a plain continuation.
+# Each phrasing ends where the answer starts, so that a test is a plain continuation. None starts with the subject: its
+# first word has other tokens without a space before it.
 AIRPORT_PHRASINGS = (
-    "{subject} is an airport in the city of",
+    "The name {subject} stands for an airport in",
     "The city served by {subject} is",
     "Flights to {subject} land in",
     "Question: which city does {subject} serve? Answer:",
@@ -38,7 +40,7 @@ AIRPORT_PHRASINGS = (
     "The town beside {subject} is",
 )
 TAXON_PHRASINGS = (
-    "{subject} is a taxon in the family",
+    "The name {subject} stands for a taxon in the family",
     "The family that contains {subject} is",
     "Taxonomists place {subject} among the",
     "Question: which family does {subject} belong to? Answer:",
