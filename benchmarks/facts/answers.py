@@ -11,8 +11,6 @@ from benchmarks.facts.statistics import difference, estimate, reached_at
 
 SAYS = {True: "yes", False: "no", None: "undecided"}
 PAPER_SAYS = {"more": True, "less": False, "unclear": None}
-
-
 # What an answer shows beside the measure it is judged by.
 BESIDE = ("recall.rare", "held_out_loss")
 
@@ -22,22 +20,14 @@ class Answer:
     are the differences by other measures.
     """
 
-    def __init__(
-        self,
-        question: Question,
-        ours: list[Record],
-        theirs: list[Record],
-        scores: tuple[dict[int, float], dict[int, float]],
-    ) -> None:
-        self.question = question
-        shared = sorted(scores[0].keys() & scores[1].keys())
-        self.ours, self.theirs = (estimate([of_arm[seed] for seed in shared]) for of_arm in scores)
-        self.more = difference(*scores)
-        self.beside = {
-            measure: difference(scores_of(ours, measure), scores_of(theirs, measure))
-            for measure in BESIDE
-            if scores_of(ours, measure).keys() & scores_of(theirs, measure).keys()
-        }
+    def __init__(self, question: Question, ours: list[Record], theirs: list[Record]) -> None:
+        self.question, measures = question, (question.measure, *BESIDE)
+        scores = {measure: (scores_of(ours, measure), scores_of(theirs, measure)) for measure in measures}
+        of_ours, of_theirs = scores[question.measure]
+        shared = sorted(of_ours.keys() & of_theirs.keys())
+        self.ours, self.theirs = (estimate([of_arm[seed] for seed in shared]) for of_arm in (of_ours, of_theirs))
+        found = {measure: difference(*pair) for measure, pair in scores.items() if pair[0].keys() & pair[1].keys()}
+        self.more, self.beside = found[question.measure], {name: found[name] for name in BESIDE if name in found}
         self.diverged = sum(record.ended != "done" for record in (*ours, *theirs))
         self.flops, self.forward = (
             fmean(getattr(record, cost) for record in ours) / fmean(getattr(record, cost) for record in theirs)
@@ -48,8 +38,8 @@ class Answer:
     def of(cls, found: Found, question: Question) -> "Answer | None":
         """None where the two arms have no seed in common."""
         ours, theirs = (found.by_arm(question.study)[arm] for arm in (question.arm, question.than))
-        scores = scores_of(ours, question.measure), scores_of(theirs, question.measure)
-        return cls(question, ours, theirs, scores) if scores[0].keys() & scores[1].keys() else None
+        shared = scores_of(ours, question.measure).keys() & scores_of(theirs, question.measure).keys()
+        return cls(question, ours, theirs) if shared else None
 
     @property
     def undecided(self) -> str:
