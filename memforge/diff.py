@@ -17,7 +17,7 @@ def differences(first: Spec, second: Spec) -> dict[str, Any]:
     """
     plans = [make_plan(spec) for spec in (first, second)]
     length = min(plan.model.max_seq_len for plan in plans)
-    costs = [estimate(plan.model, seq_len=length, devices=(), dense_values=plan.run.dense_values) for plan in plans]
+    costs = [estimate(plan.model, seq_len=length, devices=(), update=plan.run.pool_update) for plan in plans]
     axes = [cost.exact_axes() for cost in costs]
     records = [cost.as_dict() for cost in costs]
     kinds = dict.fromkeys(kind for r in records for kind in (*r["params"]["by_kind"], *r["flops_per_token"]["by_kind"]))

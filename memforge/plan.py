@@ -7,6 +7,7 @@ everything about data and training. Both are frozen, complete and JSON in and ou
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,6 +123,23 @@ class TrainPlan(TrainSpec):
     decay_steps: int
 
 
+@dataclass(frozen=True)
+class PoolUpdate:
+    """How value pools are updated, as far as it decides what a step holds and moves: keys of [train]."""
+
+    optimizer: str = "adamw"
+    rule: str = "lazy"
+    rounding: str = "master"
+
+    @property
+    def dense(self) -> bool:
+        """Whether every row moves in every step, not only those that were read."""
+        return self.rule == "dense"
+
+
+LAZY = PoolUpdate()
+
+
 class RunPlan(PlanModel):
     """Data, training, ranks and evaluation."""
 
@@ -131,9 +149,11 @@ class RunPlan(PlanModel):
     eval: EvalSpec
 
     @property
-    def dense_values(self) -> bool:
-        """Whether training updates every row of value pools in every step, not only those that were read."""
-        return self.train is not None and self.train.value_update == "dense"
+    def pool_update(self) -> PoolUpdate:
+        """How training updates value pools; as by default where the plan has no training."""
+        if self.train is None:
+            return LAZY
+        return PoolUpdate(self.train.value_optimizer, self.train.value_update, self.train.value_rounding)
 
     @property
     def run_hash(self) -> str:

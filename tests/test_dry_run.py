@@ -26,6 +26,29 @@ def test_a_model_of_138_billion_parameters_on_64_ranks() -> None:
     assert abs(found["walked"]["peak"] / found["ledger"]["peak"] - 1) <= 0.05
 
 
+@pytest.mark.parametrize("mesh", ["memory=2", "dp_replicate=2"])
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"value_update": "lazy_row_step"},
+        {"value_update": "catch_up"},
+        {"value_update": "dense"},
+        {"value_optimizer": "sgd"},
+        {"value_update": "catch_up", "dtype": "bfloat16"},
+        {"value_optimizer": "sgd", "dtype": "bfloat16"},
+        {"value_rounding": "stochastic", "dtype": "bfloat16"},
+    ],
+    ids=lambda update: "-".join(update.values()),
+)
+def test_what_each_way_of_updating_pools_keeps_is_counted(mesh: str, update: dict[str, str]) -> None:
+    keys = {key: f"{'pool.facts' if key == 'dtype' else 'train'}.{key}={value}" for key, value in update.items()}
+    given = [argument for assigned in keys.values() for argument in ("--set", assigned)]
+    found = walked(REPO / "specs" / "demo" / "memory.toml", "--mesh", mesh, *given, "--set", "train.batch_size=64")
+    # A count of steps for each dense parameter, and what catch_up knows of each step.
+    assert 0 <= found["walked"]["optimizer"] - found["ledger"]["optimizer"] < 500
+    assert abs(found["walked"]["peak"] / found["ledger"]["peak"] - 1) <= 0.1
+
+
 @pytest.mark.parametrize("mesh", ["dp_shard=8", "dp_replicate=2,dp_shard=2,memory=2", "memory=8"])
 @pytest.mark.parametrize("pools", ["columns", "rows"])
 def test_small_ranks_hold_what_the_ledger_says(mesh: str, pools: str) -> None:

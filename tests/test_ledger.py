@@ -54,7 +54,7 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(name: str, checkpointed:
 def test_the_dense_gradient_of_a_large_pool_makes_the_peak() -> None:
     """Three readers of one pool: the second and third gradient stand beside the sum of those before."""
     plan = demo("memory", "pool.facts.num_sub_keys=300", "train.value_update=dense")
-    predicted = estimate(plan.model, batch=2, seq_len=8, dense_values=True).memory
+    predicted = estimate(plan.model, batch=2, seq_len=8, update=plan.run.pool_update).memory
     assert predicted.peak_in.startswith("backward of layer")
     pool = 4 * 300**2 * 128
     assert predicted.peak > 3 * pool + 2 * pool

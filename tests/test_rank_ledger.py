@@ -24,7 +24,7 @@ from memforge.cost.mesh import per_rank
 from memforge.cost.wire import Group, Op, Total, ranks_of, sent_bytes
 from memforge.errors import UsageError
 from memforge.mesh import Mesh, parse_mesh
-from memforge.plan import TrainPlan, make_plan
+from memforge.plan import LAZY, PoolUpdate, TrainPlan, make_plan
 from memforge.report.cost import si
 from memforge.spec import load_spec
 from memforge.training.ranks import Ranks
@@ -35,7 +35,8 @@ DEMO = REPO / "specs" / "demo"
 def test_ranks_hold_gradients_of_pools_only_where_all_rows_are_updated() -> None:
     plan = demo("memory").model
     by_rows, dense = (
-        estimate(plan, mesh=Mesh(memory=2), dense_values=dense).as_dict()["mesh"] for dense in (False, True)
+        estimate(plan, mesh=Mesh(memory=2), update=update).as_dict()["mesh"]
+        for update in (LAZY, PoolUpdate(rule="dense"))
     )
     pools = 4 * by_rows["pool_params_per_rank"]
     assert dense["gradient_bytes_per_rank"] == dense["weight_bytes_per_rank"]
@@ -151,7 +152,7 @@ def test_the_peak_of_a_rank_is_predicted_within_a_twentieth(tmp_path: Path) -> N
     (measured,) = on_ranks(1, "test_rank_ledger:peaks_of_ranks", str(file), cases)
     for (axes, batch, seq_len, changes), found in zip(cases, measured, strict=True):
         shape = {"batch": batch, "seq_len": seq_len, "pools": "columns"}
-        mesh = per_rank(plan, Mesh(*axes), **shape, dense_values="value_update" in changes)
+        mesh = per_rank(plan, Mesh(*axes), **shape, update=PoolUpdate(rule=changes.get("value_update", "lazy")))
         key = "peak_bytes_checkpointed_per_rank" if changes == again else "peak_bytes_per_rank"
         assert mesh[key] == pytest.approx(found, rel=0.05), (axes, changes, mesh["peak_in"], mesh[key] / found)
 

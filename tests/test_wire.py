@@ -58,7 +58,7 @@ def step_of(plan: Plan, mesh: Mesh, rank: int, element: int) -> StepOnWire:
         shares(run.batch_size, mesh, run.micro_batch_size),
         run.seq_len,
         pools=plan.run.parallel.pools,
-        dense_values=plan.run.dense_values,
+        update=plan.run.pool_update,
         checkpoint_layers=run.activation_checkpointing,
         dropout=run.dropout > 0,
         element=element,

@@ -50,7 +50,7 @@ def build(
     ranks = None if mesh is None else parse_mesh(mesh)
     loaded = load(spec, set_, spec_root)
     plan = make_plan(loaded)
-    given = {"pools": plan.run.parallel.pools, "dense_values": plan.run.dense_values}
+    given = {"pools": plan.run.parallel.pools, "update": plan.run.pool_update}
     cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=ranks, **given).as_dict()
     parity = claimed(plan)
     if plan.parity is not None and not no_parity:

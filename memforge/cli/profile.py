@@ -93,7 +93,7 @@ def profile(
         mesh=None if mesh is None else parse_mesh(mesh),
         pools=plan.run.parallel.pools,
         devices=_devices(device),
-        dense_values=plan.run.dense_values,
+        update=plan.run.pool_update,
         dropout=run is not None and run.dropout > 0,
     )
     if others:
@@ -219,7 +219,7 @@ def _beside_prediction(plan: Any, report: Any, times: Any, checkpointed: bool) -
 
     machine = read_calibration()
     why = None
-    if checkpointed or plan.run.dense_values:
+    if checkpointed or plan.run.pool_update.dense:
         why = "steps that run layers again or update every row are not predicted"
     elif machine is None or not machine.is_of_this_machine():
         why = "memforge doctor --calibrate measures this machine"

@@ -17,7 +17,7 @@ from memforge.blocks.base import BYTES_PER_ELEMENT, KindPlan, OpCost
 from memforge.cost.ledger import CostReport, touched
 from memforge.cost.memory import updated_by_rows
 from memforge.machine import cpu_name
-from memforge.plan import ModelPlan
+from memforge.plan import LAZY, ModelPlan
 from memforge.storage import cache_dir
 
 FORMAT_VERSION = 1
@@ -128,7 +128,7 @@ def predict(plan: ModelPlan, report: CostReport, machine: Calibration) -> StepTi
     update = 0.0
     for row in plan.params:
         size = BYTES_PER_ELEMENT[row.dtype]
-        if updated_by_rows(row):
+        if updated_by_rows(row, LAZY):
             width, table = row.numel // row.shape[0], row.numel * size
             read = n * sum(read.draws * read.rows for read in row.reads)
             update += read * width * 4 * at(machine.row_sums, table)

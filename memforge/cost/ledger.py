@@ -21,7 +21,7 @@ from memforge.cost.mesh import per_rank
 from memforge.cost.roofline import Roofline, roofline, update_bytes
 from memforge.errors import UsageError
 from memforge.mesh import Mesh, SplitChoice
-from memforge.plan import ModelPlan, ParamRow
+from memforge.plan import LAZY, ModelPlan, ParamRow, PoolUpdate
 
 CONVENTIONS = (
     "a multiply-add is 2 FLOPs; backward is counted op by op",
@@ -34,7 +34,7 @@ CONVENTIONS = (
     "AdamW update, weight and two fp32 moments of each element that a token or a batch touches",
     "rows touched by a batch: expected, when all rows are equally likely, and when row i has probability ~ 1/i (Zipf); "
     "all experts where they choose the tokens",
-    "memory: training in fp32 with AdamW, pools by the rows that were read, whose gradient stays in factors; "
+    "memory: training in fp32 with AdamW, pools as [train] says, by rows with a gradient that stays in factors; "
     "activations are what autograd keeps in eager mode",
     "mesh: dense parameters cut over dp_shard x memory ranks, pools by columns or rows over memory, a copy in every "
     "group; what the fullest rank holds in a step of one pass on a CPU, with all that is gathered for it",
@@ -229,14 +229,13 @@ def estimate(
     mesh: Mesh | None = None,
     pools: SplitChoice = "auto",
     devices: Iterable[Device] = tuple(DEVICES.values()),
-    dense_values: bool = False,
+    update: PoolUpdate = LAZY,
     dropout: bool = False,
 ) -> CostReport:
     """The cost of one step on `batch` sequences of `seq_len` tokens (by default the model's longest).
 
     Roofline times are given for each of `devices`, the share of one rank for `mesh`, where each rank has `batch`
-    sequences and `pools` are shared out so. Pools are updated by the rows that were read, or with `dense_values` as a
-    whole.
+    sequences and `pools` are shared out so. `update` says how pools are updated.
     Raises UsageError when seq_len is not in 1..max_seq_len, batch is not positive, or the model does not fit the mesh.
     """
     t = plan.max_seq_len if seq_len is None else seq_len
@@ -255,10 +254,10 @@ def estimate(
     at_rest = sum(
         (row.shape[0] - touched(row, batch * t)["uniform"]) * (row.numel // row.shape[0]) * sum(update_bytes(row.dtype))
         for row in plan.params
-        if updated_by_rows(row) and not dense_values
+        if updated_by_rows(row, update)
     )
     lines = [roofline(((r.kind, r.cost) for r in rows), everything - at_rest, everything, device) for device in devices]
-    of_rank = partial(per_rank, plan, batch=batch, seq_len=t, pools=pools, dense_values=dense_values, dropout=dropout)
+    of_rank = partial(per_rank, plan, batch=batch, seq_len=t, pools=pools, update=update, dropout=dropout)
     return CostReport(
         model_hash=plan.model_hash,
         batch=batch,
@@ -267,7 +266,7 @@ def estimate(
         params=plan.params,
         layers=paths,
         caveats=plan.caveats(),
-        memory=step_memory(plan, batch, t, dense_values=dense_values),
+        memory=step_memory(plan, batch, t, update=update),
         roofline=tuple(lines),
         mesh=None if mesh is None else of_rank(mesh, computing=lines),
     )

@@ -1,30 +1,37 @@
 """Bytes that one training step holds: weights, gradients, optimizer state, activations, and the most of them at once.
 
-Training is in fp32 with AdamW, pools updated by the rows that were read (unless train.value_update is dense), as
-memforge/training does it. What autograd keeps is exact for eager execution on a CPU; the peak adds estimates of what
-each block holds while it runs: see the tests for how close it comes.
+Training is in fp32 with AdamW, pools are updated as [train] says. What autograd keeps is exact for eager execution on a
+CPU; the peak adds estimates of what each block holds while it runs: see the tests for how close it comes.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
 from memforge.blocks.base import BYTES_PER_ELEMENT, Saved, norm_saved
-from memforge.plan import LayerPlan, ModelPlan, ParamRow
+from memforge.plan import LAZY, LayerPlan, ModelPlan, ParamRow, PoolUpdate
 
-FP32, INT64 = 4, 8
-
-
-def state_bytes(row: ParamRow) -> int:
-    """What AdamW keeps of one element: two moments in fp32, and an fp32 master of a pool in 16 bits."""
-    return 2 * FP32 + (FP32 if BYTES_PER_ELEMENT[row.dtype] < FP32 else 0)
+FP32, INT32, INT64 = 4, 4, 8
 
 
-def updated_by_rows(row: ParamRow) -> bool:
+def state_bytes(row: ParamRow, shape: Sequence[int], update: PoolUpdate) -> int:
+    """What the optimizer keeps of a part of a parameter: two moments in fp32 of each element, unless it is of a pool
+    under sgd; of a pool in 16 bits an fp32 master, unless it is rounded by chance; and a number for each row of a pool
+    whose rows remember their last step. The history of catch_up, 16 bytes for each step made, is not counted.
+    """
+    by_rows = updated_by_rows(row, update)
+    moments = 0 if by_rows and update.optimizer == "sgd" else 2 * FP32
+    master = FP32 if BYTES_PER_ELEMENT[row.dtype] < FP32 and update.rounding == "master" else 0
+    counter = INT32 if by_rows and update.optimizer == "adamw" and update.rule != "lazy" else 0
+    return math.prod(shape) * (moments + master) + shape[0] * counter
+
+
+def updated_by_rows(row: ParamRow, update: PoolUpdate) -> bool:
     """Whether training updates only the rows that were read."""
-    return row.group == "values" and bool(row.reads)
+    return row.group == "values" and bool(row.reads) and not update.dense
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,14 @@ def frame_saved(plan: ModelPlan, batch: int, seq_len: int) -> Iterator[tuple[str
     yield "head", Saved("loss_weight", 1)
 
 
-def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, dense_values: bool = False) -> StepMemory:
-    """The memory of a step; with `dense_values` pools have gradients of their own size."""
+def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, update: PoolUpdate = LAZY) -> StepMemory:
+    """The memory of a step. Pools that are updated as a whole have gradients of their own size."""
     weights = plan.weight_bytes()
-    optimizer = sum(row.numel * state_bytes(row) for row in plan.params)
+    optimizer = sum(state_bytes(row, row.shape, update) for row in plan.params)
     frame = list(frame_saved(plan, batch, seq_len))
     layers = [list(layer_saved(layer, plan.dim, batch, seq_len)) for layer in plan.layers]
     inputs = [FP32 * batch * seq_len * plan.dim + chosen_bytes(layer, batch, seq_len) for layer in plan.layers]
-    saved, gradients = [_bytes(layer) for layer in layers], _Gradients(plan, batch, seq_len, dense_values)
+    saved, gradients = [_bytes(layer) for layer in layers], _Gradients(plan, batch, seq_len, update)
     step = _Step(plan, batch, seq_len, saved, inputs, _bytes(frame), gradients)
     peak, phase = max(step.timeline(checkpointed=False))
     peak_checkpointed, phase_checkpointed = max(step.timeline(checkpointed=True))
@@ -92,7 +99,7 @@ def step_memory(plan: ModelPlan, batch: int, seq_len: int, *, dense_values: bool
         peak_checkpointed=weights + optimizer + peak_checkpointed,
         peak_checkpointed_in=phase_checkpointed,
         checkpoint=weights + optimizer,
-        by_kind=_by_kind(plan, gradients, [*frame, *(pair for layer in layers for pair in layer)]),
+        by_kind=_by_kind(plan, update, gradients, [*frame, *(pair for layer in layers for pair in layer)]),
     )
 
 
@@ -111,14 +118,16 @@ def _bytes(saved: list[tuple[str, Saved]]) -> int:
     return sum(tensor.bytes for _, tensor in saved)
 
 
-def _by_kind(plan: ModelPlan, gradients: "_Gradients", saved: list[tuple[str, Saved]]) -> dict[str, dict[str, int]]:
+def _by_kind(
+    plan: ModelPlan, update: PoolUpdate, gradients: "_Gradients", saved: list[tuple[str, Saved]]
+) -> dict[str, dict[str, int]]:
     """Bytes of weights, gradients, optimizer state and activations of each kind."""
     nothing = dict.fromkeys(("weights", "gradients", "optimizer", "activations"), 0)
     kinds: dict[str, dict[str, int]] = defaultdict(nothing.copy)
     for row in plan.params:
         kinds[row.kind]["weights"] += row.numel * BYTES_PER_ELEMENT[row.dtype]
         kinds[row.kind]["gradients"] += gradients.of(row)
-        kinds[row.kind]["optimizer"] += row.numel * state_bytes(row)
+        kinds[row.kind]["optimizer"] += state_bytes(row, row.shape, update)
     for kind, size in gradients.factors_by_kind.items():
         kinds[kind]["gradients"] += size
     for kind, tensor in saved:
@@ -131,16 +140,16 @@ class _Gradients:
     and of what comes first: last norm and head.
     """
 
-    def __init__(self, plan: ModelPlan, batch: int, seq_len: int, dense_values: bool) -> None:
-        self.dense_values, self.tied = dense_values, plan.tie_embeddings
+    def __init__(self, plan: ModelPlan, batch: int, seq_len: int, update: PoolUpdate) -> None:
+        self.update, self.tied = update, plan.tie_embeddings
         self.layers, self.first, self.embedding = [0] * plan.num_layers, 0, 0
         self.pools: dict[str, int] = defaultdict(int)
         for row in plan.params:
             self._add(row)
         self.factors, self.factors_by_kind, self.sorting = [0] * plan.num_layers, dict[str, int](), 0
-        if dense_values:
+        if update.dense:
             return
-        self.sorting = _sorting(plan, batch * seq_len)
+        self.sorting = _sorting(plan, update, batch * seq_len)
         for idx, layer in enumerate(plan.layers):
             for block in layer.blocks:
                 size = sum(tensor.bytes for tensor in block.factors(batch, seq_len))
@@ -157,8 +166,7 @@ class _Gradients:
         return 0 if self.tied else self.embedding
 
     def of(self, row: ParamRow) -> int:
-        by_rows = updated_by_rows(row) and not self.dense_values
-        return 0 if by_rows else row.numel * BYTES_PER_ELEMENT[row.dtype]
+        return 0 if updated_by_rows(row, self.update) else row.numel * BYTES_PER_ELEMENT[row.dtype]
 
     def _add(self, row: ParamRow) -> None:
         size, parts = self.of(row), row.path.split(".")
@@ -173,11 +181,11 @@ class _Gradients:
             self.first += size
 
 
-def _sorting(plan: ModelPlan, tokens: int) -> int:
+def _sorting(plan: ModelPlan, update: PoolUpdate, tokens: int) -> int:
     """Bytes that it takes to sort the reads of all tables by slot, done for the norm and kept for the update."""
     held, extra = 0, 0
     for row in plan.params:
-        if updated_by_rows(row):
+        if updated_by_rows(row, update):
             reads = tokens * sum(read.draws * read.rows for read in row.reads)
             touched = min(reads, row.shape[0])  # at most
             # The token and weight of each read, the slots, where each starts; while they are sorted also the sorted

@@ -14,15 +14,15 @@ from memforge.cost.rank_memory import RankMemory, RankStep
 from memforge.cost.roofline import Roofline, update_bytes
 from memforge.cost.wire import StepOnWire, Total, totals
 from memforge.mesh import MESH_AXES, Mesh, Split, SplitChoice, part_of_pool, shard_of
-from memforge.plan import ModelPlan, ParamRow, require_parts, split_of
+from memforge.plan import LAZY, ModelPlan, ParamRow, PoolUpdate, require_parts, split_of
 
 
 @dataclass(frozen=True)
 class RankShare:
     """A step of one pass over `batch` sequences on every rank of a mesh, as the rank sees it that has most to hold.
 
-    `pools` says how they are shared out, `dense_values` that all their rows are updated. Raises UsageError where a rank
-    would have nothing of a pool.
+    `pools` says how they are shared out, `update` how they are updated. Raises UsageError where a rank would have
+    nothing of a pool.
     """
 
     plan: ModelPlan
@@ -30,7 +30,7 @@ class RankShare:
     batch: int
     seq_len: int
     pools: SplitChoice = "auto"
-    dense_values: bool = False
+    update: PoolUpdate = LAZY
     dropout: bool = False
 
     def __post_init__(self) -> None:
@@ -44,8 +44,8 @@ class RankShare:
         return self.splits[row.owner] == "rows"
 
     @cached_property
-    def held(self) -> list[tuple[ParamRow, int]]:
-        """Elements of each parameter on the rank that has most: the last of a group by columns, else the first."""
+    def held(self) -> list[tuple[ParamRow, tuple[int, ...]]]:
+        """The shape of each parameter on the rank that has most: the last of a group by columns, else the first."""
         found = []
         for row in self.plan.params:
             if row.group == "dense":
@@ -53,15 +53,16 @@ class RankShare:
             else:
                 rank = 0 if self._by_rows(row) else self.mesh.memory - 1
                 piece = part_of_pool(row.shape, self.mesh, rank, self.splits[row.owner])
-            found.append((row, math.prod(piece.shape(row.shape))))
+            found.append((row, piece.shape(row.shape)))
         return found
 
     @property
     def update_traffic(self) -> int:
         """Bytes that the update moves: of pools those of the rows that the tokens of all ranks are expected to read."""
         moved, tokens = 0, self.batch * self.seq_len * self.mesh.ranks
-        for row, numel in self.held:
-            if updated_by_rows(row) and not self.dense_values:
+        for row, shape in self.held:
+            numel = math.prod(shape)
+            if updated_by_rows(row, self.update):
                 numel = numel * distinct_uniform(row.reads, tokens, row.shape[0]) // row.shape[0]
             moved += numel * sum(update_bytes(row.dtype))
         return moved
@@ -69,10 +70,10 @@ class RankShare:
     @cached_property
     def memory(self) -> RankMemory:
         if self.mesh.ranks == 1:
-            step = step_memory(self.plan, self.batch, self.seq_len, dense_values=self.dense_values)
+            step = step_memory(self.plan, self.batch, self.seq_len, update=self.update)
             peaks = (step.peak, step.peak_in, step.peak_checkpointed, step.peak_checkpointed_in)
             return RankMemory(step.activations, step.activations_checkpointed, 0, 0, 0, *peaks)
-        return RankStep(self.plan, self.mesh, self.batch, self.seq_len, self.pools, self.dense_values).memory()
+        return RankStep(self.plan, self.mesh, self.batch, self.seq_len, self.pools, self.update).memory()
 
     def sent(self, *, checkpoint_layers: bool = False) -> list[Total]:
         """The collectives of the last rank of a memory group, which serves most columns."""
@@ -83,7 +84,7 @@ class RankShare:
             [[self.batch]] * self.mesh.ranks,
             self.seq_len,
             pools=self.pools,
-            dense_values=self.dense_values,
+            update=self.update,
             checkpoint_layers=checkpoint_layers,
             dropout=self.dropout,
         )
@@ -97,7 +98,7 @@ def per_rank(
     batch: int = 1,
     seq_len: int | None = None,
     pools: SplitChoice = "auto",
-    dense_values: bool = False,
+    update: PoolUpdate = LAZY,
     dropout: bool = False,
     computing: Iterable[Roofline] = (),
 ) -> dict[str, Any]:
@@ -107,8 +108,9 @@ def per_rank(
     that they are those of its forward and backward pass.
     """
     t = plan.max_seq_len if seq_len is None else seq_len
-    share = RankShare(plan, mesh, batch, t, pools, dense_values, dropout)
-    held, memory = share.held, share.memory
+    share = RankShare(plan, mesh, batch, t, pools, update, dropout)
+    memory = share.memory
+    held = [(row, math.prod(shape)) for row, shape in share.held]
     once, again = share.sent(), share.sent(checkpoint_layers=True)
     lines = []
     for line in computing:
@@ -124,11 +126,9 @@ def per_rank(
         "weight_bytes_per_rank": sum(numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in held),
         # That of a pool stays in factors, which follow the tokens of a step and not its size.
         "gradient_bytes_per_rank": sum(
-            numel * BYTES_PER_ELEMENT[row.dtype]
-            for row, numel in held
-            if share.dense_values or not updated_by_rows(row)
+            numel * BYTES_PER_ELEMENT[row.dtype] for row, numel in held if not updated_by_rows(row, update)
         ),
-        "optimizer_bytes_per_rank": sum(numel * state_bytes(row) for row, numel in held),
+        "optimizer_bytes_per_rank": sum(state_bytes(row, shape, update) for row, shape in share.held),
         "activation_bytes_per_rank": memory.activations,
         "activation_bytes_checkpointed_per_rank": memory.activations_checkpointed,
         "gathered_bytes_per_rank": memory.gathered,

@@ -26,7 +26,7 @@ from memforge.cost.memory import (
 )
 from memforge.cost.wire import dense_groups, expected_bags, shard_numel
 from memforge.mesh import Mesh, Split, SplitChoice, part_of_pool
-from memforge.plan import ModelPlan, ParamRow, split_of
+from memforge.plan import LAZY, ModelPlan, ParamRow, PoolUpdate, split_of
 
 Phases = Iterator[tuple[int, str]]
 
@@ -116,7 +116,7 @@ class RankStep:
     batch: int
     seq_len: int
     pools: SplitChoice = "auto"
-    dense_values: bool = False
+    update: PoolUpdate = LAZY
 
     def memory(self) -> RankMemory:
         frame = sum(tensor.bytes for _, tensor in frame_saved(self.plan, self.batch, self.seq_len))
@@ -177,9 +177,13 @@ class RankStep:
     def _held(self) -> int:
         """Weights and optimizer state."""
         dense = [row for row in self.plan.params if row.group == "dense"]
-        sizes = [(row, shard_numel(row, self.mesh.shards)) for row in dense]
-        sizes += [(row, math.prod(self._part(row))) for row in self._tables.values()]
-        return sum(numel * (BYTES_PER_ELEMENT[row.dtype] + state_bytes(row)) for row, numel in sizes)
+        parts: list[tuple[ParamRow, tuple[int, ...]]]
+        parts = [(row, (shard_numel(row, self.mesh.shards),)) for row in dense]
+        parts += [(row, self._part(row)) for row in self._tables.values()]
+        return sum(
+            math.prod(shape) * BYTES_PER_ELEMENT[row.dtype] + state_bytes(row, shape, self.update)
+            for row, shape in parts
+        )
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -232,7 +236,7 @@ class RankStep:
         own = (0 if read.same_slots else INT64 * n * read.rows) + (entries if gathers else vectors)
         bags, longest, columns = self._bags(read, table)
         asked_entries, asked_vectors = FP32 * bags * longest, FP32 * bags * columns
-        gradients = 0 if self.dense_values else asked_vectors if gathers else asked_entries
+        gradients = 0 if self.update.dense else asked_vectors if gathers else asked_entries
         if self.mesh.memory == 1:
             return _Served(0, own, gradients)
         slots = 0 if read.same_slots else INT64 * bags * longest
@@ -265,7 +269,7 @@ class RankStep:
                 bags, longest, columns = self._bags(read, table)
                 everyones = bags * self.mesh.copies
                 found.append((table, _Reads(1, everyones * longest, FP32 * everyones * columns)))
-        return [] if self.dense_values else found
+        return [] if self.update.dense else found
 
     # The phases of a step, each with the bytes alive beside weights and optimizer state.
 
@@ -344,7 +348,7 @@ class RankStep:
         """Of pools that are updated as a whole."""
         found: dict[str, int] = defaultdict(int)
         for row in self._tables.values():
-            if self.dense_values or not updated_by_rows(row):
+            if not updated_by_rows(row, self.update):
                 found[row.owner] += math.prod(self._part(row)) * BYTES_PER_ELEMENT[row.dtype]
         return dict(found)
 

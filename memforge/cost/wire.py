@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from memforge.blocks.base import KindPlan, TableRead
 from memforge.mesh import Mesh, Split, SplitChoice, part_of_pool, shard_dim, sizes
-from memforge.plan import LayerPlan, ModelPlan, ParamRow, split_of
+from memforge.plan import LAZY, LayerPlan, ModelPlan, ParamRow, PoolUpdate, split_of
 
 Op = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast"]
 Group = Literal["shards", "dp_replicate", "memory", "copies", "world"]
@@ -126,7 +126,7 @@ class StepOnWire:
     batches: Sequence[Sequence[int]]
     seq_len: int
     pools: SplitChoice = "auto"
-    dense_values: bool = False
+    update: PoolUpdate = LAZY
     checkpoint_layers: bool = False
     dropout: bool = False
     element: int = FP32
@@ -135,7 +135,7 @@ class StepOnWire:
         """All of them, pass by pass, and then those of the update."""
         if self.mesh.ranks == 1:
             return
-        by_rows = not self.dense_values and any(block.table_reads() for _, block in self._blocks)
+        by_rows = not self.update.dense and any(block.table_reads() for _, block in self._blocks)
         for idx in range(len(self.batches[0])):
             yield from self._dense()
             if self.mesh.memory > 1:

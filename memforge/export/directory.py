@@ -68,7 +68,7 @@ def write_build(
     if aten is not None:
         require_room(plan.model)
     counted = require_exact(plan.model)
-    given = {"pools": plan.run.parallel.pools, "dense_values": plan.run.dense_values}
+    given = {"pools": plan.run.parallel.pools, "update": plan.run.pool_update}
     cost = estimate(plan.model, seq_len=report_seq_len(plan), mesh=mesh, **given)
     parity, kernels = claimed(plan), kernel_configs(plan, targets)
     program = export_graph(plan.model)

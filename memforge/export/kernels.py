@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memforge.build import build_model
 from memforge.cost.access import distinct_uniform
+from memforge.cost.memory import updated_by_rows
 from memforge.errors import DeviceError, UsageError, printable
 from memforge.plan import ParamRow, Plan
 from memforge_kernels import tuning
@@ -55,7 +56,7 @@ def kernel_keys(plan: Plan) -> list[tuple[str, Key]]:
     with _Seen() as seen:
         logits, _ = model(torch.zeros(batch, seq_len, dtype=torch.int64, device="meta"))
         logits.sum().backward()
-    tables = (row for row in plan.model.params if row.group == "values" and row.reads and not plan.run.dense_values)
+    tables = (row for row in plan.model.params if updated_by_rows(row, plan.run.pool_update))
     updates = {f"row_update.{kernel}": None for kernel in ("squared_norm", _updater(plan))}
     for row in tables:
         for op in updates:

@@ -103,7 +103,7 @@ def record(plan: Plan, mesh: Mesh, walked: DryRun) -> dict[str, Any]:
     """What was walked through beside what the ledger says of the fullest rank, as one JSON document."""
     run = training_of(plan, mesh)
     most = max(map(max, shares(run.batch_size, mesh, run.micro_batch_size)))
-    shape = {"batch": most, "seq_len": run.seq_len, "dense_values": run.value_update == "dense"}
+    shape = {"batch": most, "seq_len": run.seq_len, "update": plan.run.pool_update}
     shape |= {"dropout": run.dropout > 0, "pools": plan.run.parallel.pools}
     ledger = estimate(plan.model, mesh=mesh, devices=(), **shape).as_dict()["mesh"]
     assert ledger is not None

@@ -62,6 +62,6 @@ def _pool_bytes(plan: Plan, tokens: int) -> int:
             continue
         width = row.numel // row.shape[0]
         reads = sum(read.draws * read.rows for read in row.reads) * tokens
-        updated = row.shape[0] if plan.run.dense_values else touched(row, tokens)["uniform"]
+        updated = row.shape[0] if plan.run.pool_update.dense else touched(row, tokens)["uniform"]
         total += width * (2 * reads * BYTES_PER_ELEMENT[row.dtype] + updated * sum(update_bytes(row.dtype)))
     return total

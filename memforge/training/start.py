@@ -120,15 +120,15 @@ def checked(plan: Plan) -> TrainPlan:
 
 def require_memory_for(plan: Plan, run: TrainPlan, device: str, ranks: Ranks = ALONE) -> None:
     """Raises DeviceError when the peak of a step, as the ledger has it, and the usage of slots exceed the memory."""
-    memory = step_memory(plan.model, run.micro_batch_size, run.seq_len, dense_values=plan.run.dense_values)
+    memory = step_memory(plan.model, run.micro_batch_size, run.seq_len, update=plan.run.pool_update)
     state = memory.weights + memory.gradients + memory.optimizer
     usage = usage_bytes(plan.model)
     copy = memory.checkpoint + usage if run.async_checkpoints and device == "cpu" else 0
     peak = memory.peak_checkpointed if run.activation_checkpointing else memory.peak
     if ranks.size > 1:
         most = max(map(max, ranks.split(run.batch_size, run.micro_batch_size)))
-        pools, dense_values = plan.run.parallel.pools, plan.run.dense_values
-        step = RankStep(plan.model, ranks.mesh, most, run.seq_len, pools=pools, dense_values=dense_values).memory()
+        pools, update = plan.run.parallel.pools, plan.run.pool_update
+        step = RankStep(plan.model, ranks.mesh, most, run.seq_len, pools=pools, update=update).memory()
         peak = step.peak_checkpointed if run.activation_checkpointing else step.peak
     # Ranks on CPUs share the memory of their machine.
     ranks_here = ranks.size // ranks.machines if device == "cpu" else 1
