@@ -310,6 +310,14 @@ def test_plans_that_cannot_be_trained_say_what_is_missing(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistyped_directory_is_not_taken_for_a_spec(tmp_path: Path) -> None:
+    for options in ((), ("--resume", "auto")):
+        done = memforge("train", "run7", *options, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (2, "error: run7: no such spec, build or run directory\n")
+    assert "missing.toml:1:1: no such file" in memforge("train", "missing.toml", cwd=tmp_path).stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_parameters_are_grouped_by_the_plan(tmp_path: Path) -> None:
     plan = plan_with(tmp_path / "s.toml", "train.value_learning_rate=0.5", "train.weight_decay=0.2")
     assert plan.run.train is not None

@@ -219,6 +219,8 @@ def _plan_of(path: Path, overrides: list[str] | None, spec_root: Path | None, da
     """The plan of a spec file or a build directory, the spec if it is one, and where its data path starts."""
     from memforge.plan import make_plan, read_plan
 
+    if not path.exists() and path.suffix != ".toml":
+        raise UsageError(f"{printable(str(path))}: no such spec, build or run directory")
     if not path.is_dir():
         spec = load(path, overrides, spec_root, data_root=data_root, require_data=True)
         return make_plan(spec), spec, data_root or spec_root or path.parent
