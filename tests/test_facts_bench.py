@@ -102,6 +102,7 @@ set = { "place.0.block.num_sub_keys" = 10 }
 tuned_as = "table"
 
 [study.core]
+title = "All of them"
 arms = ["plain", "table"]
 seeds = [1, 2]
 
@@ -210,6 +211,13 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
 
     page = (out / "report.md").read_text()
     assert "Not finished" not in page
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert headings[5:12] == [
+        *("## All of them", "### Recall by FLOPs", "### Over training"),
+        *("## counts", "## sizes", "### Sizes", "### Over slots"),
+    ]
+    guesses = [line.split(" | ")[:2] for line in page.partition("## counts")[2].splitlines() if "no model" in line]
+    assert [guess[1] for guess in guesses[:2]] == ["12", "20"]
     ours, theirs = (
         np.mean([read_record(out / "runs" / f"{arm}.seed-{seed}.json").final["recall"] for seed in (1, 2)])
         for arm in ("table", "plain")
@@ -329,6 +337,8 @@ def test_a_study_varies_what_the_search_chose_and_shares_the_run_of_the_choice(f
     assert slow.plan().run.train.value_learning_rate == 1e-3
     (_, _, of_core), _ = jobs.of_study("core", chosen)
     assert (same.name, same.fingerprint) == (of_core.name, of_core.fingerprint) == ("table.seed-1", same.fingerprint)
+    write(file, EXPERIMENT.replace('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-2, 1e-1]'))
+    assert state(*made(file)).waiting == 0, "a run that studies share does not wait for the search any more"
 
 
 def test_what_says_how_a_run_is_kept_is_no_change_of_it(file: Path) -> None:

@@ -80,6 +80,7 @@ class Search(Section):
 class Study(Section):
     """Arms trained with every seed, at each value of the keys in `vary`, also of those that the search has chosen."""
 
+    title: str = ""
     arms: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
     set: Settings = {}

@@ -1,30 +1,27 @@
 """Pictures of an experiment, the same to the byte for the same numbers."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.facts.experiment import Figure
+from benchmarks.facts.experiment import SHARES, Figure
 from benchmarks.facts.statistics import Law, estimate
 
 # Of Okabe and Ito: told apart by those who see fewer colours; then the same dashed, with other marks.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKS = "osD^vPX*p"
 DASHES = ("-", "--", ":")
+# Points that are nearer than so, as a ratio, stand side by side and share a tick.
+NEAR = 1.05
+MAX_TICKS, MAX_INSIDE = 8, 5
 
-
-@dataclass(frozen=True)
-class Point:
-    x: float
-    y: float
-    label: str
+Point = tuple[float, float]
 
 
 def draw(
@@ -41,51 +38,65 @@ def draw(
         canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
         axes = canvas.add_subplot()
         for i, (name, points) in enumerate(lines.items()):
-            color, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
-            dash = DASHES[i // len(COLORS) % len(DASHES)]
             at: dict[float, list[float]] = defaultdict(list)
-            for point in points:
-                at[point.x].append(point.y)
-            x = sorted(at)
-            found = [estimate(at[value]) for value in x]
-            mean = [one.mean for one in found]
-            reach = [one.high - one.mean if one.known else 0.0 for one in found]
+            for x, y in points:
+                at[x].append(y)
+            found = {x: estimate(at[x]) for x in sorted(at)}
             axes.errorbar(
-                x,
-                mean,
-                yerr=reach,
+                [x * aside(lines, name, x) if figure.join == "arms" and figure.log_x else x for x in found],
+                [one.mean for one in found.values()],
+                yerr=[one.high - one.mean if one.known else 0.0 for one in found.values()],
                 label=name,
                 capsize=3,
                 linewidth=1.5,
                 markersize=5,
-                color=color,
-                marker=mark,
-                linestyle=dash,
+                color=COLORS[i % len(COLORS)],
+                marker=MARKS[i % len(MARKS)],
+                linestyle=DASHES[i // len(COLORS) % len(DASHES)],
             )
-            if figure.join == "study":
-                for label in dict.fromkeys(point.label for point in points):
-                    own = [point for point in points if point.label == label]
-                    where = (fmean(p.x for p in own), fmean(p.y for p in own))
-                    axes.annotate(label, where, xytext=(6, -10), textcoords="offset points", fontsize=8)
+        x_of_all = sorted({x for points in lines.values() for x, _ in points})
         if law is not None:
-            low, high = axes.get_xlim() if not figure.log_x else (min(_xs(lines)), max(_xs(lines)))
-            x_law = np.geomspace(max(low, 1e-9), high, 200)
+            x_law = np.geomspace(max(x_of_all[0], 1e-9), x_of_all[-1], 200)
             axes.plot(x_law, law.at(x_law), color="#888888", linestyle="--", linewidth=1, label="fitted law")
         if figure.log_x:
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("log", base=10)
+            mark(axes, x_of_all)
         if figure.log_y:
             axes.set_yscale("log")
+        elif figure.y in SHARES:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.03), min(high, 1.03))
         axes.set_xlabel(names[0])
         axes.set_ylabel(names[1])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.x, value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.y, value)))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(lines) > 1 or figure.lines or law is not None:
+        if len(lines) > MAX_INSIDE:
+            canvas.legend(loc="outside right upper", frameon=False, fontsize=8)
+        elif len(lines) > 1 or figure.lines or law is not None:
             axes.legend(frameon=False, fontsize=8)
         canvas.savefig(path, format="svg", metadata={"Date": None})
 
 
-def _xs(lines: Mapping[str, Sequence[Point]]) -> list[float]:
-    return [point.x for points in lines.values() for point in points]
+def aside(lines: Mapping[str, Sequence[Point]], name: str, x: float) -> float:
+    """What a point is moved by, so that others at its x do not hide it."""
+    here = [other for other, points in lines.items() if any(near(x, other_x) for other_x, _ in points)]
+    of_all = [x for points in lines.values() for x, _ in points]
+    step = (max(of_all) / min(of_all)) ** 0.012
+    return float(step ** (here.index(name) - (len(here) - 1) / 2))
+
+
+def near(x: float, other: float) -> bool:
+    return 1 / NEAR < x / other < NEAR
+
+
+def mark(axes: Axes, x_of_all: Iterable[float]) -> None:
+    """Ticks where the points are, if those are few; else at 1, 2 and 5 of every decade."""
+    ticks: list[float] = []
+    for x in x_of_all:
+        if not ticks or not near(x, ticks[-1]):
+            ticks.append(x)
+    few = len(ticks) <= MAX_TICKS
+    axes.xaxis.set_major_locator(FixedLocator(ticks) if few else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -43,12 +43,8 @@ def page(found: Found, out: Path) -> str:
     parts += in_brief(found, "## In brief", "")
     parts += questions(answers)
     parts += arms(found)
-    for title, study in experiment.study.items():
-        parts += scores(found, title, study)
-    for name, figure in experiment.figure.items():
-        parts += pictured(found, name, figure, out)
-    for ablation in experiment.ablation.values():
-        parts += ablated(found, ablation)
+    for name in experiment.study:
+        parts += studied(found, name, out)
     parts += [*searched(found), *data(found), *made(found)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -114,6 +110,20 @@ def in_those_of(record: Record, base: Record | None) -> tuple[str, str]:
     )
 
 
+def studied(found: Found, name: str, out: Path) -> list[str]:
+    """All that is shown of a study: what it has of an ablation, its scores, its pictures."""
+    experiment = found.experiment
+    if not (rows := scores(found, name, experiment.study[name])):
+        return []
+    parts = [f"## {experiment.study[name].title or name}", ""]
+    for ablation in experiment.ablation.values():
+        parts += ablated(found, ablation) if ablation.study == name else []
+    parts += rows
+    for path, figure in experiment.figure.items():
+        parts += pictured(found, path, figure, out) if figure.study == name else []
+    return parts
+
+
 def scores(found: Found, name: str, study: Study) -> list[str]:
     """A row for each arm and point of a study, and what the best guess without a model scores at each point."""
     groups: dict[tuple[str, tuple[tuple[str, Value], ...]], list[Record]] = defaultdict(list)
@@ -134,11 +144,13 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
         diverged = sum(record.ended != "done" for record in records)
         count = f"{len(records)}, {diverged} of them diverged" if diverged else str(len(records))
         rows.append([*cells, count, *(over(records, measure) for measure in COLUMNS)])
-    for at, records in at_point.items():
-        guess, score = best_guess(records)
+    guesses = {at: best_guess(records) for at, records in at_point.items()}
+    if len(set(guesses.values())) == 1:  # what is varied is not the facts
+        guesses = {(): next(iter(guesses.values()))}
+    for at, (guess, score) in guesses.items():
         cells = [f"no model: {guess}", *(told_value(value) for _, value in at)]
         rows.append([*cells, *[""] * (len(head) - len(cells)), score, *[""] * (len(COLUMNS) - 1)])
-    return [f"## Study: {name}", "", *table([*head, *map(name_of, COLUMNS)], rows), *spread(found, study, groups), ""]
+    return [*table([*head, *map(name_of, COLUMNS)], rows), *spread(found, study, groups)]
 
 
 def best_guess(records: list[Record]) -> tuple[str, str]:
@@ -159,9 +171,10 @@ def spread(found: Found, study: Study, groups: dict[Any, list[Record]]) -> list[
         return []
     apart = 1.96 * math.sqrt(2) * deviation
     return [
-        f"Seeds of {', '.join(map(found.label, alike))} differ in study {main} by a standard deviation of "
+        f"Seeds of {', '.join(map(found.label, alike))} differ in the main study by a standard deviation of "
         f"{100 * deviation:.1f} points of recall: of two single runs that are less than {100 * apart:.1f} apart either "
-        "may be better."
+        "may be better.",
+        "",
     ]
 
 
@@ -198,9 +211,9 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
             continue
         seeds[seed][x] = y
         if figure.join == "runs":
-            lines[label] += [Point(x * row["step"] / record.steps, row[figure.y], label) for row in record.curve]
+            lines[label] += [(x * row["step"] / record.steps, row[figure.y]) for row in record.curve]
         else:
-            lines[label if figure.join == "arms" else figure.study].append(Point(x, y, label))
+            lines[label if figure.join == "arms" else figure.study].append((x, y))
     if not lines:
         return []
     law = None
@@ -208,7 +221,7 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
         floor = found.of_arm(figure.floor, figure.y) if figure.floor else []
         law = law_of(seeds, fmean(floor) if floor else 0.0)
     draw(figure, lines, law, out / f"{name}.svg", (name_of(figure.x), name_of(figure.y)), shown)
-    text = [f"## {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
+    text = [f"### {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
     if figure.note:
         text += [figure.note, ""]
     if figure.law != "none":
@@ -269,11 +282,8 @@ def ablated(found: Found, ablation: Ablation) -> list[str]:
     if not rows:
         return []
     head = ["variant", "recall", "NLL", *COSTS, "seeds", ablation.paper_measure]
-    notes = [
-        *([ablation.note] if ablation.note else []),
-        *spread(found, found.experiment.study[ablation.study], records),
-    ]
-    return [f"## {ablation.title}", "", *table(head, rows), *notes, ""]
+    notes = [ablation.note, ""] if ablation.note else []
+    return [f"### {ablation.title}", "", *table(head, rows), *notes]
 
 
 def searched(found: Found) -> list[str]:
@@ -304,12 +314,12 @@ def searched(found: Found) -> list[str]:
 
 
 def told_edges(found: Found, arm: str) -> str:
-    """What was chosen for an arm and has not been tried from both sides."""
+    """What was chosen for an arm of three values or more and has not been tried from both sides."""
     chosen, trials = found.now.chosen[arm], found.experiment.arm[arm].trials()
     edges = []
     for key, value in chosen.items():
         tried = {other for trial in trials if isinstance(other := trial[key], float)}
-        if len(tried) > 1 and value in (min(tried), max(tried)):
+        if len(tried) > 2 and value in (min(tried), max(tried)):
             edges.append(key)
     return f"; at the edge of what was tried: {', '.join(map(name_of, edges))}" if edges else ""
 
@@ -353,7 +363,7 @@ def made(found: Found) -> list[str]:
     return [
         "## Made",
         "",
-        f"{len(records)} runs, {hours:.1f} hours of training; {all_of('cpu')}, {all_of('threads')} threads; "
-        f"{versions}; commits {all_of('commit')}.",
+        f"{len(records)} runs, {hours:.1f} hours of training; {all_of('cpu')}, threads of a training: "
+        f"{all_of('threads')}; {versions}; commits {all_of('commit')}.",
         "",
     ]

@@ -71,9 +71,9 @@ def state(jobs: Jobs, records: Records) -> State:
             chosen[arm] = best(jobs.experiment, arm, [record for _, record in found if record is not None])
     for job in jobs.all(chosen):
         look(job)
-    # What a search has yet to choose is not in a name.
-    untuned = dict.fromkeys(jobs.tuned_arms(), Settings())
-    waiting = len({job.name for job in jobs.all(untuned)} - {*done, *left, *stale})
+    # What a search has yet to choose is not in a name, so that studies may come to share more of these.
+    untuned = {arm: Settings() for arm in jobs.tuned_arms() if arm not in chosen}
+    waiting = len({job.name for name in jobs.experiment.study for _, _, job in jobs.of_study(name, untuned)})
     if stale:
         files = " ".join(str(records.path(name)) for name in sorted(set(stale)))
         raise CheckFailedError(

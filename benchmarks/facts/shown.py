@@ -21,6 +21,7 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "slots_ever": ("slots ever read", lambda value: f"{100 * value:.1f}%"),
     "slots_used": ("slots used", lambda value: f"{100 * value:.1f}%"),
     "flops_per_token": ("FLOPs per token", lambda value: si(round(value))),
+    "tokens": ("tokens", lambda value: si(round(value))),
     "train_flops": ("training FLOPs", lambda value: si(round(value))),
     "slots": ("slots", lambda value: f"{value:,.0f}"),
 }
