@@ -207,7 +207,7 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
     for _, seed, record in found.study(figure.study):
         label = titles.get(record.arm, found.label(record.arm))
         x, y = record.figure(figure.x), record.figure(figure.y)
-        if x is None or y is None:
+        if x is None or y is None or (figure.log_x and x <= 0):  # no slots have no place among powers
             continue
         seeds[seed][x] = y
         if figure.join == "runs":
