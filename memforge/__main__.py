@@ -1,17 +1,19 @@
 """The console script: streams and signals first, so that nothing that follows can end in a traceback."""
 
+import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TextIO, cast
+from typing import NoReturn, TextIO, cast
 
 from memforge.errors import MemforgeError, Stopped
 from memforge.machine import set_environment
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -43,12 +45,12 @@ def main() -> None:
         # From here on a signal ends the process without a word.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The interpreter is not taken down: a thread of gloo or of a save that comes back to it then aborts the process.
+    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError, ValueError):  # there is nobody left to tell
             stream.flush()
-        except (OSError, ValueError):  # the interpreter would flush again, fail again, and exit with 120
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    sys.exit(code)
+    os._exit(code)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -105,15 +106,11 @@ def _become(asked: dict[str, Any]) -> NoReturn:
         os.dup2(opened, number)
         os.close(opened)
     sys.argv = ["memforge", *asked["args"]]
-    code = 1
     try:
         main()
-    except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    finally:  # an error that it let through
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

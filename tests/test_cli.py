@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO, SMALL, memforge, write
 
+from memforge import __version__
+
 DEMO = REPO / "specs" / "demo"
 # Any import of torch fails in this process, as where torch is not installed.
 NO_TORCH = """
@@ -22,6 +24,23 @@ from memforge.__main__ import main
 sys.argv = ["memforge", *sys.argv[1:]]
 main()
 """
+# Module globals are destroyed as the interpreter is taken down, and no sooner.
+LEAVING = """
+import atexit, sys
+class Kept:
+    def __del__(self):
+        print("taken down", flush=True)
+kept = Kept()
+atexit.register(print, "left")
+from memforge.__main__ import main
+sys.argv = ["memforge", "--version"]
+main()
+"""
+
+
+def test_exit_handlers_run_and_the_interpreter_is_not_taken_down() -> None:
+    run = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [f"memforge {__version__}", "left"]
 
 
 @pytest.mark.parametrize(
