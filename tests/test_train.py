@@ -1,5 +1,6 @@
 """Training: the same twice, saved whole, interrupted cleanly, never spoilt."""
 
+import ctypes
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from memforge.training.data import HeldOut, load_corpus
 from memforge.training.data.corpus import Ragged
 from memforge.training.evaluate import evaluate, evaluate_run
 from memforge.training.evaluate import generate as continue_tokens
+from memforge.training.execution import why_not_compiled
 from memforge.training.optimizer import Stepper
 
 
@@ -81,6 +83,18 @@ def test_without_a_working_compiler_training_is_eager_and_says_so(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "run").exists() is (code == 0)
+
+
+def test_a_library_that_was_cut_off_is_to_be_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "x.main.so"
+    path.touch()
+    with pytest.raises(OSError) as caught:
+        ctypes.CDLL(str(path))
+    assert (
+        why_not_compiled(caught.value)
+        == f"{path}: file too short (what a compilation that was killed has left: delete that file)"
+    )
+    assert why_not_compiled(RuntimeError("no g++\nat all")) == "no g++"
 
 
 def test_a_run_can_be_evaluated_and_continued_from(tmp_path: Path) -> None:

@@ -77,6 +77,14 @@ def compiler_error() -> tuple[type[Exception], ...]:
     return () if loaded is None else (loaded.TorchDynamoException, loaded.FailOnRecompileLimitHit)
 
 
+def why_not_compiled(error: Exception) -> str:
+    """What torch.compile failed with, in one line."""
+    reason = str(error).split("\n")[0]
+    # Inductor writes its libraries in place and takes those that are there, whole or not.
+    cut_off = reason.endswith((".so: file too short", ".so: invalid ELF header"))
+    return f"{reason} (what a compilation that was killed has left: delete that file)" if cut_off else reason
+
+
 def _compiled_in_training(layer: Layer) -> Callable[..., Any]:
     """The layer's forward pass: compiled for the one shape of training, eager for those of evaluation."""
     eager = layer.forward

@@ -18,7 +18,7 @@ from memforge.training import resume as resuming
 from memforge.training.account import Account, Ending, Reporter
 from memforge.training.checkpoint import Manifest, RunIdentity, Saver, Snapshot
 from memforge.training.data import Corpus, Prefetch, load_corpus
-from memforge.training.execution import compiled, compiler_error, deterministic, precision_of
+from memforge.training.execution import compiled, compiler_error, deterministic, precision_of, why_not_compiled
 from memforge.training.logs import Logs, NoLogs
 from memforge.training.optimizer import Gradients, Stepper
 from memforge.training.ranks import Ranks, ranks_of
@@ -266,7 +266,7 @@ class _Trainer:
         try:
             return self.stepper.backward(window, step=self.step)
         except compiler_error() as error:
-            reason = str(error).split("\n")[0]
+            reason = why_not_compiled(error)
             if self.spec.compile == "on":
                 raise DeviceError(f'train.compile = "on": {reason}') from None
             self.report.note(f"torch.compile does not work here, training is eager: {reason}")
