@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.facts.statistics import difference, estimate, law_of, line_of, logistic, pooled_deviation, reached_at
+from benchmarks.facts.statistics import difference, estimate, law_of, line_of, logistic, reached_at, spread_of
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
@@ -63,8 +63,29 @@ def test_what_a_doubling_adds_is_told_apart_from_what_seeds_differ_by() -> None:
     assert (found.gain.low, found.gain.high) == pytest.approx((0.02, 0.02))
     assert found.residual == pytest.approx(np.std([*level.values()]))
     assert line_of({1: {8.0: 0.1}}) is None
-    assert pooled_deviation([[1.0, 3.0], [10.0, 10.0, 10.0], [5.0]]) == pytest.approx(math.sqrt(2 / 3))
-    assert pooled_deviation([[1.0], [2.0]]) is None
+
+
+def test_two_single_runs_differ_as_seldom_by_chance_as_is_said() -> None:
+    found = spread_of([[1.0, 3.0], [10.0, 10.0, 10.0], [5.0]])
+    assert found is not None
+    assert found.deviation == pytest.approx(math.sqrt(2 / 3))
+    assert spread_of([[1.0], [2.0]]) is None
+    rng, beyond = np.random.default_rng(4), []
+    for _ in range(2000):
+        spread, (one, other) = spread_of([rng.normal(0, 2, 3).tolist()]), rng.normal(0, 2, 2)
+        assert spread is not None
+        beyond.append(abs(one - other) > spread.apart)
+    assert np.mean(beyond) == pytest.approx(0.05, abs=0.015)
+
+
+def test_a_law_lies_between_the_ends_of_its_intervals() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        law = law_of(shares(rng, 2.0 ** np.arange(10, 22, 2), (0.0, 0.9, 2.0**16, 0.8), 0.03))
+        assert law is not None
+        assert law.intervals is not None
+        for number, interval in zip((law.top, law.half, law.slope), law.intervals, strict=True):
+            assert interval.low <= number <= interval.high
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ SEED = "train.seed"
 SHARES = ("recall", "recall.rare", "recall.unseen")
 SCORES = (*SHARES, "held_out_loss", "held_out_loss.rare", "held_out_loss.unseen")
 MEASURES = (
-    *SCORES, "recalled_bits", "bits_per_param", "bits_per_tflop", "slots_used", "slots_ever", "slots", "params",
-    "active_params", "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
+    *SCORES, "recalled_bits", "foretold_bits", "bits_per_param", "bits_per_tflop", "slots_used", "slots_ever", "slots",
+    "params", "active_params", "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
 )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ class Ablation(Section):
 
 class Experiment(Section):
     """A whole file. `corpora` are the SHA-256 of the sources of facts that it was made with; the first study is the
-    main one.
+    main one. `findings` are what was found about differences from the paper, `notes` how all came about.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -164,6 +164,7 @@ class Experiment(Section):
     figure: dict[str, Figure] = {}
     ablation: dict[str, Ablation] = {}
     findings: dict[str, str] = {}
+    notes: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":

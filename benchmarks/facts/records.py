@@ -64,9 +64,18 @@ class Record(BaseModel):
 
 
 def _recalled_bits(record: Record) -> float | None:
-    """Bits of answers, asked for in phrasings that their facts were not trained in, that the model knows beyond how
-    frequent each answer is, all facts together: what predicting them takes less, in nats per token over bits. Below 0:
-    it is worse than those frequencies.
+    """Bits of the answers that the model gives whole, asked for in phrasings that their facts were not trained in, less
+    what it gives of facts that it was never trained on: by their names and by luck.
+    """
+    if "recall" not in record.final:
+        return None
+    share = record.final["recall"] - record.final.get("recall.unseen", 0.0)
+    return share * float(record.data["answer_bits"]) * float(record.data["facts"])
+
+
+def _foretold_bits(record: Record) -> float | None:
+    """Bits of those answers that the model knows beyond how frequent each is: what predicting them takes less, in nats
+    per token over bits. Below 0: it is worse than those frequencies.
     """
     if "held_out_loss" not in record.final:
         return None
@@ -88,6 +97,7 @@ def _usage(record: Record, measure: str) -> float | None:
 DERIVED: dict[str, Callable[[Record], float | None]] = {
     "train_flops": lambda record: record.flops_per_token * record.tokens,
     "recalled_bits": _recalled_bits,
+    "foretold_bits": _foretold_bits,
     "bits_per_param": lambda record: _bits_per(record, record.params),
     "bits_per_tflop": lambda record: _bits_per(record, record.flops_per_token * record.tokens / 1e12),
     "slots_used": lambda record: _usage(record, "slots_used"),

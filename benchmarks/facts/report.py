@@ -1,6 +1,5 @@
 """The page of an experiment: answers first, then every number they are made of. Nothing here knows an arm by name."""
 
-import math
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import Any
 
 from benchmarks.facts.answers import Answer, differences, questions, times
 from benchmarks.facts.experiment import Ablation, Experiment, Figure, Study, Value
-from benchmarks.facts.found import Found, over
+from benchmarks.facts.found import Found, over, scores_of
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
 from benchmarks.facts.shown import change, name_of, number, shown, table, told_settings, told_value
-from benchmarks.facts.statistics import Law, difference, law_of, line_of, pooled_deviation
+from benchmarks.facts.statistics import Law, difference, law_of, line_of, spread_of
 from memforge.report.cost import si
 from memforge.storage import replace_file
 
@@ -45,7 +44,7 @@ def page(found: Found, out: Path) -> str:
     parts += arms(found)
     for name in experiment.study:
         parts += studied(found, name, out)
-    parts += [*searched(found), *data(found), *made(found)]
+    parts += [*searched(found), *noted(experiment), *data(found), *made(found)]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -74,16 +73,17 @@ def arms(found: Found) -> list[str]:
     head = ["arm", "params", "active", "slots", "FLOPs per token", *COSTS, "set for it"]
     common = told_settings(found.experiment.set)
     note = (
-        "FLOPs are forward and backward: tables have no gradient with respect to what they are multiplied with. Bits "
-        "learned, below, are what the answers of all facts take by their frequencies alone, less what they take by the "
-        "model, asked in phrasings held out: by cross-entropy, whether or not the whole answer is right."
+        "FLOPs are forward and backward. Of the scores that choose slots only the chosen have a gradient, so that arms "
+        "with many of them cost more than a third of it forward. Bits recalled, below, are those of the answers that "
+        "are right to the last token, in phrasings held out, less what is right of facts never trained; bits by NLL "
+        "what all answers take by their frequencies alone, less what they take by the model."
     )
     given = [found.experiment.arm[arm] for arm in firsts]
     notes = [f"{arm.label}: {arm.note}" for arm in given if arm.note]
     return [
         "## Arms",
         "",
-        f"All runs, but for what is set for an arm or varied in a study: {common}.",
+        f"All runs, but for what is set for an arm or varied in a study: {common}. By default: {defaults(found)}.",
         "",
         *table(head, rows),
         " ".join([note, *notes]),
@@ -91,10 +91,28 @@ def arms(found: Found) -> list[str]:
     ]
 
 
+# What decides a training and that no arm need set.
+DEFAULTS = (
+    "seq_len", "betas", "eps", "clip_norm", "dropout", "value_optimizer", "value_weight_decay", "decay_steps",
+    "final_rate",
+)  # fmt: skip
+
+
+def defaults(found: Found) -> str:
+    """Of those the ones that all arms of the main study have in common."""
+    main = next(iter(found.experiment.study))
+    plans = [job.plan().run.train for _, _, job in found.jobs.of_study(main, found.now.chosen)]
+    trains = [train.model_dump() for train in plans if train is not None]
+    same = {key: trains[0][key] for key in DEFAULTS if all(train[key] == trains[0][key] for train in trains)}
+    return told_settings(
+        {key: value if isinstance(value, str | int | float) else str(value) for key, value in same.items()}
+    )
+
+
 # The measures in the table of a study.
 COLUMNS = (
-    "recall", "recall.rare", "recall.unseen", "held_out_loss", "recalled_bits", "bits_per_param", "bits_per_tflop",
-    "slots_used", "slots_ever",
+    "recall", "recall.rare", "recall.unseen", "held_out_loss", "foretold_bits", "recalled_bits", "bits_per_param",
+    "bits_per_tflop", "slots_used", "slots_ever",
 )  # fmt: skip
 # What an arm costs of what the baseline does.
 COSTS = ("FLOPs", "forward alone")
@@ -164,18 +182,17 @@ def spread(found: Found, study: Study, groups: dict[Any, list[Record]]) -> list[
     """How far apart runs of one seed must be to differ, by arms of the main study that are tuned as these are."""
     if all(len(records) > 1 for records in groups.values()):
         return []
-    main, tuned = next(iter(found.experiment.study)), {found.jobs.tuned_as(arm) for arm in study.arms}
-    alike = [arm for arm in found.by_arm(main) if found.jobs.tuned_as(arm) in tuned]
-    deviation = pooled_deviation([list(found.by_seed(main, arm, "recall").values()) for arm in alike])
-    if deviation is None:
-        return []
-    apart = 1.96 * math.sqrt(2) * deviation
-    return [
-        f"Seeds of {', '.join(map(found.label, alike))} differ in the main study by a standard deviation of "
-        f"{100 * deviation:.1f} points of recall: of two single runs that are less than {100 * apart:.1f} apart either "
-        "may be better.",
-        "",
-    ]
+    main = found.by_arm(next(iter(found.experiment.study)))
+    told = []
+    for tuned in dict.fromkeys(map(found.jobs.tuned_as, study.arms)):
+        alike = {arm: records for arm, records in main.items() if found.jobs.tuned_as(arm) == tuned}
+        if (of_arms := spread_of([list(scores_of(records, "recall").values()) for records in alike.values()])) is None:
+            continue
+        told.append(
+            f"{', '.join(map(found.label, alike))}: standard deviation {100 * of_arms.deviation:.1f} points of recall, "
+            f"two single runs differ from {100 * of_arms.apart:.1f} points on"
+        )
+    return [f"Seeds of the main study. {'; '.join(told)}.", ""] if told else []
 
 
 def in_brief(found: Found, *before: str) -> list[str]:
@@ -232,7 +249,7 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
 
 
 def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
-    """What a doubling of x adds to a share, over all of it and from one x to the next."""
+    """What more x adds to a share, from one x to the next and by doubling over all of it."""
     line, x = line_of(seeds), sorted({x for of_seed in seeds.values() for x in of_seed})
     if line is None:
         return []
@@ -243,9 +260,9 @@ def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
             gained = change(figure.y, difference(after, before))
             steps.append(f"{shown(figure.x, low)} to {shown(figure.x, high)} {gained}")
     return [
-        f"A doubling of {name_of(figure.x)} adds {change(figure.y, line.gain)} points of {name_of(figure.y)}, by a "
-        f"line through each seed (root mean square of the residuals {line.residual:.4f}). Step by step: "
-        f"{', '.join(steps)}.",
+        f"Points of {name_of(figure.y)} from one number of {name_of(figure.x)} to the next: {', '.join(steps)}. By a "
+        f"line through each seed a doubling adds {change(figure.y, line.gain)} (root mean square of the residuals "
+        f"{line.residual:.4f}).",
         "",
     ]
 
@@ -253,7 +270,8 @@ def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
 def told(law: Law, figure: Figure) -> str:
     """The law in words: its three numbers with their intervals, and where it stops."""
     x, y, stops = name_of(figure.x), name_of(figure.y), law.stops_at
-    end = "the points do not show where it stops" if stops is None else f"90% of the way is made at {number(stops)} {x}"
+    unseen = "the points do not show a top below all there is within their reach"
+    end = unseen if stops is None else f"90% of the way is made at {number(stops)} {x}"
     formula = f"{law.floor:.3f} + {law.top - law.floor:.3f} / (1 + ({number(law.half)} / {x})^{law.slope:.2f})"
     text = f"Fitted: {y} = {formula}, root mean square of the residuals {law.residual:.4f}; {end}."
     if law.intervals is None:
@@ -311,6 +329,12 @@ def searched(found: Found) -> list[str]:
         "",
         *table(["arm", "tried", "recall", "NLL", ""], rows),
     ]
+
+
+def noted(experiment: Experiment) -> list[str]:
+    """How the experiment came about."""
+    notes = [f"- **{title}** {text}" for title, text in experiment.notes.items()]
+    return ["## How this came about", "", *notes, ""] if notes else []
 
 
 def told_edges(found: Found, arm: str) -> str:

@@ -111,12 +111,13 @@ def only_one(*directories: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Training:
-    """A job under way: where it trains and what it says go, and how busy the machine was before it."""
+    """A job under way: where it trains and what it says go, how busy the machine was before it, and by what code."""
 
     job: Job
     out: Path
     log: Path
     load: float
+    commit: str
 
 
 @dataclass
@@ -175,7 +176,8 @@ class Runner:
 
     def start(self, job: Job, processes: "Processes") -> Training:
         """Begin a training, or go on with it."""
-        training = Training(job, self.scratch / job.name, self.scratch / f"{job.name}.log", os.getloadavg()[0])
+        out, log = self.scratch / job.name, self.scratch / f"{job.name}.log"
+        training = Training(job, out, log, os.getloadavg()[0], commit_of(self.jobs.directory))
         command = [*TRAIN, str(job.spec), "--out", str(training.out), "--overwrite"]
         command += [word for text in job.overrides for word in ("--set", text)]
         if self._is_begun(training.out, job):
@@ -196,7 +198,19 @@ class Runner:
         if run.summary.ended == "budget":
             return None
         seconds = run.summary.training_seconds or 0.0
-        return record_of(job, run, made(self.jobs, seconds, training.load, self.at_once))
+        return record_of(job, run, self.made(training, seconds))
+
+    def made(self, training: Training, seconds: float) -> dict[str, Any]:
+        """Where, when and how fast a record was made; all that may differ between two of the same job."""
+        return {
+            "threads": self.jobs.experiment.threads,
+            "at_once": self.at_once,
+            "load": round(training.load, 2),
+            "seconds": round(seconds, 1),
+            "commit": training.commit,
+            "date": datetime.now(UTC).date().isoformat(),
+            **environment(),
+        }
 
     def forget(self, job: Job) -> None:
         """Delete what a training has left, once there is a record of it."""
@@ -266,20 +280,10 @@ class Processes:
             process.send_signal(number)
 
 
-def made(jobs: Jobs, seconds: float, load: float, at_once: int) -> dict[str, Any]:
-    """Where, when and how fast a record was made; all that may differ between two of the same job."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=jobs.directory, capture_output=True, text=True, check=False
-    )
-    return {
-        "threads": jobs.experiment.threads,
-        "at_once": at_once,
-        "load": round(load, 2),
-        "seconds": round(seconds, 1),
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        **environment(),
-    }
+def commit_of(directory: Path) -> str:
+    """The commit that is checked out, marked where what git tracks is not as in it; empty where there is none."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(describe, cwd=directory, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def environment() -> dict[str, Any]:

@@ -55,17 +55,18 @@ def reached_at(line: Sequence[tuple[float, float]], y: float) -> float:
 class Law:
     """share = floor + (top - floor) / (1 + (half / x) ** slope): a logistic in log x from a floor that is given.
 
-    It is through the points of all seeds. `intervals` are the 95% of top, half and slope over seeds, each of which has
-    a law of its own: points of one seed share facts, and are not independent. There are none where a seed has no law.
-    `residual` is the root mean square of what the law leaves, `largest` the largest x it was fitted to.
+    Points of one seed share facts, and are not independent: each seed has a law of its own, these are the means (of
+    half that of its logarithm), and `intervals` their 95% over seeds. Where a seed has no law it is through the points
+    of all, and there are none. `residual` is the root mean square of what the law leaves of all points, `largest` the
+    largest x.
     """
 
     floor: float
     top: float
     half: float
     slope: float
-    residual: float
-    largest: float
+    residual: float = math.nan
+    largest: float = math.nan
     intervals: tuple[Estimate, Estimate, Estimate] | None = None
 
     def at(self, x: Any) -> Any:
@@ -73,10 +74,15 @@ class Law:
 
     @property
     def stops_at(self) -> float | None:
-        """The x of 90% of the way to the top; None where it is beyond the points or no top is seen."""
+        """The x of 90% of the way to the top; None where it is beyond the points or no top below 1 is seen."""
         x = float(self.half * 9 ** (1 / self.slope))
         seen = self.intervals is not None and self.intervals[0].high < 1
         return x if seen and x <= self.largest else None
+
+    def beside(self, points: Sequence[tuple[float, float]]) -> "Law":
+        """The same law, with what it leaves of these points."""
+        x, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+        return replace(self, residual=float(np.sqrt(np.mean((self.at(x) - y) ** 2))), largest=float(x.max()))
 
 
 def logistic(log_x: Any, floor: float, top: float, log_half: float, slope: float) -> Any:
@@ -85,16 +91,22 @@ def logistic(log_x: Any, floor: float, top: float, log_half: float, slope: float
 
 def law_of(seeds: Mapping[int, Mapping[float, float]], floor: float = 0.0) -> Law | None:
     """The law through the shares of each seed by x; None of fewer than four x, or where no law is found."""
-    law = _fit([point for of_seed in seeds.values() for point in of_seed.items()], floor)
+    points = [point for of_seed in seeds.values() for point in of_seed.items()]
     each = [_fit([*of_seed.items()], floor) for of_seed in seeds.values()]
     found = [one for one in each if one is not None]
-    if law is None or len(found) < len(each) or len(each) < 2:
-        return law
-    half = estimate([math.log(one.half) for one in found])
-    with np.errstate(over="ignore"):
-        mean, low, high = (float(np.exp(value)) for value in (half.mean, half.low, half.high))
+    if len(found) < len(each) or len(each) < 2:
+        law = _fit(points, floor)
+        return None if law is None else law.beside(points)
     top, slope = estimate([one.top for one in found]), estimate([one.slope for one in found])
-    return replace(law, intervals=(top, Estimate(mean, low, high, half.count), slope))
+    log_half = estimate([math.log(one.half) for one in found])
+    with np.errstate(over="ignore"):
+        mean, low, high = (float(np.exp(value)) for value in (log_half.mean, log_half.low, log_half.high))
+    half = Estimate(mean, low, high, log_half.count)
+    return Law(floor, top.mean, half.mean, slope.mean, intervals=(top, half, slope)).beside(points)
+
+
+# Where the search for a law starts: at slopes of which one is near enough for the least squares to be found.
+SLOPES = (0.3, 1.0, 3.0)
 
 
 def _fit(points: Sequence[tuple[float, float]], floor: float) -> Law | None:
@@ -102,18 +114,21 @@ def _fit(points: Sequence[tuple[float, float]], floor: float) -> Law | None:
     x, y = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     if len(np.unique(x)) < 4 or x.min() <= 0:
         return None
-    log_x = np.log(x)
-    start = (max(floor, min(1.0, float(y.max()) * 1.2)), float(np.mean(log_x)), 1.0)
+    log_x, least, law = np.log(x), math.inf, None
     bounds = ((floor, float(log_x.min()) - 20, 0.01), (1.0, float(log_x.max()) + 20, 20.0))
-    try:
-        found, _ = optimize.curve_fit(
-            lambda log_x, *law: logistic(log_x, floor, *law), log_x, y, p0=start, bounds=bounds
-        )
-    except (RuntimeError, ValueError):
-        return None
-    top, log_half, slope = (float(value) for value in found)
-    residual = float(np.sqrt(np.mean((logistic(log_x, floor, *found) - y) ** 2)))
-    return Law(floor, top, math.exp(log_half), slope, residual, float(x.max()))
+    for slope in SLOPES:
+        start = (max(floor, min(1.0, float(y.max()) * 1.2)), float(np.mean(log_x)), slope)
+        try:
+            found, _ = optimize.curve_fit(
+                lambda log_x, *law: logistic(log_x, floor, *law), log_x, y, p0=start, bounds=bounds
+            )
+        except (RuntimeError, ValueError):
+            continue
+        left = float(np.sum((logistic(log_x, floor, *found) - y) ** 2))
+        if left < least:
+            top, log_half, slope = (float(value) for value in found)
+            least, law = left, Law(floor, top, math.exp(log_half), slope)
+    return law
 
 
 @dataclass(frozen=True)
@@ -136,10 +151,19 @@ def line_of(seeds: Mapping[int, Mapping[float, float]]) -> Line | None:
     return Line(estimate(gains), float(np.sqrt(np.mean(left**2))))
 
 
-def pooled_deviation(groups: Iterable[Sequence[float]]) -> float | None:
-    """The standard deviation within groups, all of them together; None where no group has two values."""
+@dataclass(frozen=True)
+class Spread:
+    """The standard deviation of single values, and what two of them differ by where they do at 95% confidence."""
+
+    deviation: float
+    apart: float
+
+
+def spread_of(groups: Iterable[Sequence[float]]) -> Spread | None:
+    """Within groups, all of them together; None where no group has two values."""
     squares = [(np.var(group) * len(group), len(group) - 1) for group in groups if len(group) > 1]
     if not squares:
         return None
-    of_all, freedom = (sum(column) for column in zip(*squares, strict=True))
-    return math.sqrt(of_all / freedom)
+    of_all, freedom = (float(sum(column)) for column in zip(*squares, strict=True))
+    deviation = math.sqrt(of_all / freedom)
+    return Spread(deviation, float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(2) * deviation)
