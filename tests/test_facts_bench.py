@@ -1,6 +1,7 @@
 """The experiment of benchmarks/facts on a fixture: every stage by its command, and the report it writes."""
 
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,7 @@ from benchmarks.facts.corpora import require, sha256
 from benchmarks.facts.experiment import Settings, read_experiment
 from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record, record_of
-from benchmarks.facts.runner import Runner, state
+from benchmarks.facts.runner import Runner, commit_of, state
 from benchmarks.facts.shown import told_settings
 from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
 from memforge.report.run import read_run
@@ -437,3 +438,34 @@ def test_an_arm_that_is_not_what_it_claims_trains_nothing(file: Path) -> None:
 def test_settings_are_told_by_their_kind() -> None:
     settings: Settings = {"train.schedule": "wsd", "train.steps": 1500, "train.learning_rate": 1e-3, "a.layers": [1, 2]}
     assert told_settings(settings) == "schedule wsd, steps 1,500, learning rate 0.001, layers [1, 2]"
+
+
+def test_a_run_says_what_code_it_was_begun_with(tmp_path: Path) -> None:
+    assert commit_of(tmp_path) == ""
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    write(tmp_path / "a.py", "a = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert commit_of(tmp_path) == commit
+    write(tmp_path / "a.py", "a = 2\n")
+    assert commit_of(tmp_path) == f"{commit}-dirty"
+
+
+def test_bits_are_those_of_whole_answers_beyond_what_names_give_away() -> None:
+    record = read_record(REPO / "benchmarks/facts/results/headline/runs/search.dense-4x.1.json")
+    facts, bits = 10_000, record.data["answer_bits"]
+    assert record.figure("recalled_bits") == pytest.approx(record.final["recall"] * facts * bits)
+    tested = record.model_copy(update={"final": {**record.final, "recall.unseen": 0.25}})
+    assert tested.figure("recalled_bits") == pytest.approx((record.final["recall"] - 0.25) * facts * bits)
+    assert tested.figure("bits_per_param") == pytest.approx(tested.figure("recalled_bits") / record.params)
+    prior = record.model_copy(
+        update={"final": {"held_out_loss": bits * math.log(2) / record.data["answer_tokens"]}}
+    )  # no better than how frequent each answer is
+    assert prior.figure("foretold_bits") == pytest.approx(0, abs=1e-6 * facts)
