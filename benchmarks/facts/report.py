@@ -102,11 +102,8 @@ def defaults(found: Found) -> str:
     """Of those the ones that all arms of the main study have in common."""
     main = next(iter(found.experiment.study))
     plans = [job.plan().run.train for _, _, job in found.jobs.of_study(main, found.now.chosen)]
-    trains = [train.model_dump() for train in plans if train is not None]
-    same = {key: trains[0][key] for key in DEFAULTS if all(train[key] == trains[0][key] for train in trains)}
-    return told_settings(
-        {key: value if isinstance(value, str | int | float) else str(value) for key, value in same.items()}
-    )
+    told = {key: {told_value(getattr(train, key)) for train in plans if train is not None} for key in DEFAULTS}
+    return ", ".join(f"{name_of(key)} {values.pop()}" for key, values in told.items() if len(values) == 1)
 
 
 # The measures in the table of a study.
@@ -270,8 +267,8 @@ def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
 def told(law: Law, figure: Figure) -> str:
     """The law in words: its three numbers with their intervals, and where it stops."""
     x, y, stops = name_of(figure.x), name_of(figure.y), law.stops_at
-    unseen = "the points do not show a top below all there is within their reach"
-    end = unseen if stops is None else f"90% of the way is made at {number(stops)} {x}"
+    on = "within the points it does not stop short of all there is"
+    end = on if stops is None else f"90% of the way is made at {number(stops)} {x}"
     formula = f"{law.floor:.3f} + {law.top - law.floor:.3f} / (1 + ({number(law.half)} / {x})^{law.slope:.2f})"
     text = f"Fitted: {y} = {formula}, root mean square of the residuals {law.residual:.4f}; {end}."
     if law.intervals is None:
