@@ -102,7 +102,7 @@ tuned_as = "table"
 
 [study.core]
 title = "All of them"
-arms = ["plain", "table"]
+arms = ["plain", "table", "table-large"]
 seeds = [1, 2]
 
 [study.counts]
@@ -122,10 +122,8 @@ than = "plain"
 paper = "4.0 against 3.0"
 paper_says = "more"
 
-[[worth]]
-text = "At how many times its FLOPs is no table as good?"
-study = "core"
-arm = "table"
+[worth]
+title = "a small one as good"
 along = ["plain", "table"]
 measure = "recall.rare"
 paper = "4"
@@ -185,7 +183,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     first = facts("run", file, "--minutes", "0", cwd=tmp_path)
     assert (first.returncode, first.stderr.splitlines()[-1]) == (
         0,
-        "0 runs done, 10 left: the same command goes on",
+        "0 runs done, 11 left: the same command goes on",
     )
     early = facts("brief", file, cwd=tmp_path)
     assert (early.returncode, early.stderr) == (2, f"error: {file}: no run of the main study is finished\n")
@@ -197,9 +195,8 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert names == sorted(
         [
             *(f"search.{arm}.{i}" for arm in ("plain", "table") for i in (0, 1)),
-            *(f"{arm}.seed-{seed}" for arm in ("plain", "table") for seed in (1, 2)),
+            *(f"{arm}.seed-{seed}" for arm in ("plain", "table", "table-large") for seed in (1, 2)),
             "table.data.num_facts-12.seed-1",
-            "table-large.seed-1",
         ]
     )
     assert not list((tmp_path / "runs" / "facts" / "fixture").glob("*seed*")), "runs that are recorded are not kept"
@@ -217,7 +214,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     page = (out / "report.md").read_text()
     assert "Not finished" not in page
     headings = [line for line in page.splitlines() if line.startswith("#")]
-    assert headings[5:13] == [
+    assert headings[6:14] == [
         *("## All of them", "### Recall by FLOPs", "### Over training", "### Over slots, or none"),
         *("## counts", "## sizes", "### Sizes", "### Over slots"),
     ]
@@ -229,16 +226,18 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     )
     assert f"| Does a table beat none? | **undecided** | {100 * (ours - theirs):+.1f} [" in page
     assert "Table \\| of 64" in page
-    assert re.search(
-        r"is no table as good\? In FLOPs per token by recall, rare phrasings .* times.* In the paper: 4\.", page
-    )
+    _, _, costs = page.partition("## What a small one as good costs\n\n")
+    assert costs.startswith("| arm | by recall, rare phrasings | seeds | by NLL per answer token | seeds |\n")
+    assert [line.split(" | ")[0] for line in costs.splitlines()[2:4]] == ["| Table of 100", ""]
+    assert "geometric means and 95% intervals over seeds. In the paper: 4." in costs
     assert "Table | of 64: 64 rows." in page
     assert "one line" in (out / "flops.svg").read_text()
     assert "**It was tried:** and this was found." in page
     assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg", "slots.svg"}
     brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()
     arms = [line.split(" | ")[0] for line in brief if line.startswith("|")][2:]
-    assert arms == ["| Plain", "| Table \\| of 64", "| no model: majority"]
+    assert arms == ["| Plain", "| Table \\| of 64", "| Table of 100", "| no model: majority"]
+    assert brief[0].endswith(" | FLOPs of a small one as good |")
     assert f"{100 * ours:.1f}% ±" in brief[3]
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     (out / "flops.svg").write_text("of what was found before")
@@ -247,7 +246,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
 
     again = facts("repeat", file, "--count", "1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.splitlines()[0] == "1 of 10 runs that were made here, of 10 in all"
+    assert again.stderr.splitlines()[0] == "1 of 11 runs that were made here, of 11 in all"
     assert again.stdout.count(": the same, ") == 1
     altered = out / "runs" / f"{again.stdout.partition(':')[0]}.json"
     there = json.loads(altered.read_text())
@@ -262,7 +261,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     elsewhere = facts("repeat", file, cwd=tmp_path)
     assert elsewhere.returncode == 2
     assert elsewhere.stderr == (
-        f"error: {file}: of 10 finished runs none was made with this processor and these packages\n"
+        f"error: {file}: of 11 finished runs none was made with this processor and these packages\n"
     )
 
 
@@ -316,7 +315,10 @@ def made(file: Path) -> tuple[Jobs, Records]:
 def test_records_of_an_arm_that_has_changed_are_refused_by_name(file: Path) -> None:
     _, records = made(file)
     write(file, EXPERIMENT.replace('"place.0.block.num_sub_keys" = 10', '"place.0.block.num_sub_keys" = 12'))
-    with pytest.raises(CheckFailedError, match=r"1 finished runs .*: table-large\.seed-1; .* rm .*table-large\.seed-1"):
+    with pytest.raises(
+        CheckFailedError,
+        match=r"2 finished runs .*: table-large\.seed-1, table-large\.seed-2; .* rm .*table-large\.seed-1",
+    ):
         state(Jobs(read_experiment(file), file.parent), records)
     write(file.parent / "table.toml", MEMORY.replace("key_dim = 8", "key_dim = 12"))
     write(file, EXPERIMENT)
@@ -340,7 +342,7 @@ def test_a_study_varies_what_the_search_chose_and_shares_the_run_of_the_choice(f
     (_, _, slow), (_, _, same) = jobs.of_study("counts", chosen)
     assert slow.name == "table.train.value_learning_rate-0.001.seed-1"
     assert slow.plan().run.train.value_learning_rate == 1e-3
-    (_, _, of_core), _ = jobs.of_study("core", chosen)
+    _, _, of_core = next(jobs.of_study("core", chosen))
     assert (same.name, same.fingerprint) == (of_core.name, of_core.fingerprint) == ("table.seed-1", same.fingerprint)
     write(file, EXPERIMENT.replace('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-2, 1e-1]'))
     assert state(*made(file)).waiting == 0, "a run that studies share does not wait for the search any more"

@@ -1,6 +1,8 @@
 """What an experiment asks, answered: who has more than whom, and at how many times the FLOPs others are as good."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks.facts.experiment import SHARES, Experiment, Question, Worth
@@ -104,33 +106,72 @@ def questions(answers: list[Answer]) -> list[str]:
     return ["## Answers", "", *table([*head, "in the paper"], rows), note, ""]
 
 
-def times(found: Found, worth: Worth) -> list[str]:
-    """How many times the FLOPs of an arm others need for what it has, by its measure and by NLL."""
-    measures = dict.fromkeys((worth.measure, "held_out_loss"))
-    told = [f"by {name_of(measure)} {text}" for measure in measures if (text := _times(found, worth, measure))]
-    return [f"{worth.text} In FLOPs per token {', '.join(told)}. In the paper: {worth.paper}.", ""] if told else []
+@dataclass(frozen=True)
+class Price:
+    """What an arm is worth: the FLOPs per token that a model on a line of others needs for what it has, in those of
+    the arm, seed by seed: 0 where already the least of them is as good, and infinite where none is.
+    """
+
+    by_seed: Mapping[int, float]
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, groups: Mapping[str, list[Record]], along: list[str], arm: str, measure: str) -> "Price":
+        """By the seeds that all have."""
+        sign = 1 if measure in SHARES else -1
+        cost = {name: groups[name][0].flops_per_token / groups[arm][0].flops_per_token for name in along}
+        theirs = {name: scores_of(groups[name], measure) for name in along}
+        found = {
+            seed: reached_at([(cost[name], sign * theirs[name][seed]) for name in along], sign * ours)
+            for seed, ours in scores_of(groups[arm], measure).items()
+            if all(seed in scores for scores in theirs.values())
+        }
+        return cls(found, min(cost.values()), max(cost.values()))
+
+    @property
+    def seeds(self) -> str:
+        return ", ".join(map(self._told, self.by_seed.values()))
+
+    def _told(self, ratio: float) -> str:
+        if ratio == math.inf:
+            return f"more than {self.most:.1f}"
+        return f"{ratio:.1f}" if ratio else f"less than {self.least:.1f}"
+
+    def __str__(self) -> str:
+        """The geometric mean over seeds with its interval; seed by seed where one has no number."""
+        ratios = list(self.by_seed.values())
+        if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
+            return " / ".join(dict.fromkeys(map(self._told, ratios)))
+        over = estimate([math.log(ratio) for ratio in ratios])
+        reach = f" [{math.exp(over.low):.1f}, {math.exp(over.high):.1f}]" if over.known else ""
+        return f"{math.exp(over.mean):.1f}{reach}"
 
 
-def _times(found: Found, worth: Worth, measure: str) -> str:
-    """By seed, and over seeds where all are known; nothing where no seed has them all."""
-    sign = 1 if measure in SHARES else -1
-    ours = found.by_seed(worth.study, worth.arm, measure)
-    costs = {record.arm: record.flops_per_token for _, _, record in found.study(worth.study)}
-    theirs = {arm: found.by_seed(worth.study, arm, measure) for arm in worth.along}
-    seeds = [seed for seed in ours if all(seed in of_arm for of_arm in theirs.values())]
-    if not seeds:
-        return ""
-    ratios = []
-    for seed in seeds:
-        line = [(costs[arm], sign * of_arm[seed]) for arm, of_arm in theirs.items()]
-        ratios.append(reached_at(line, sign * ours[seed]) / costs[worth.arm])
-    least, most = (end(costs[arm] for arm in worth.along) / costs[worth.arm] for end in (min, max))
-    each = ", ".join(
-        f"more than {most:.1f}" if ratio == math.inf else f"less than {least:.1f}" if ratio == 0 else f"{ratio:.1f}"
-        for ratio in ratios
+def prices(found: Found, worth: Worth, measure: str) -> dict[str, Price]:
+    """Of every arm of the main study that is not on the line; none while the line has a gap."""
+    groups = found.by_arm(found.main)
+    if not all(groups.get(name) for name in worth.along):
+        return {}
+    return {arm: Price.of(groups, worth.along, arm, measure) for arm in groups if arm not in worth.along}
+
+
+def priced(found: Found) -> list[str]:
+    """What each arm is worth, by the measure of the experiment and by NLL."""
+    worth = found.experiment.worth
+    if worth is None:
+        return []
+    by = {measure: prices(found, worth, measure) for measure in dict.fromkeys((worth.measure, "held_out_loss"))}
+    if not (arms := by[worth.measure]):
+        return []
+    head = ["arm", *(text for measure in by for text in (f"by {name_of(measure)}", "seeds"))]
+    rows = [
+        [found.label(arm), *(text for of_arms in by.values() for text in (str(of_arms[arm]), of_arms[arm].seeds))]
+        for arm in arms
+    ]
+    note = (
+        f"FLOPs per token in those of the arm, forward and backward, on the line through "
+        f"{', '.join(map(found.label, worth.along))} that is straight in the logarithm of FLOPs, seed by seed; "
+        f"geometric means and 95% intervals over seeds. In the paper: {worth.paper}."
     )
-    if not all(0 < ratio < math.inf for ratio in ratios):
-        return f"{each} times, by seed"
-    over = estimate([math.log(ratio) for ratio in ratios])
-    reach = f", 95% interval {math.exp(over.low):.1f} to {math.exp(over.high):.1f}" if over.known else ""
-    return f"{math.exp(over.mean):.1f} times{reach} (seeds {each})"
+    return [f"## What {worth.title} costs", "", *table(head, rows), note, ""]

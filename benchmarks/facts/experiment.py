@@ -103,11 +103,11 @@ class Question(Section):
 
 
 class Worth(Section):
-    """How many FLOPs the arms `along` a line need for what an arm has, in those of the arm."""
+    """How many FLOPs a model on the line of the arms `along` needs for what each other arm of the main study has, in
+    those of the arm. `title` is what such a model is called.
+    """
 
-    text: str
-    study: str
-    arm: str
+    title: str
     along: Annotated[list[str], Field(min_length=2)]
     measure: str = "recall"
     paper: str
@@ -160,7 +160,7 @@ class Experiment(Section):
     search: Search
     study: dict[str, Study]
     question: list[Question] = []
-    worth: list[Worth] = []
+    worth: Worth | None = None
     figure: dict[str, Figure] = {}
     ablation: dict[str, Ablation] = {}
     findings: dict[str, str] = {}
@@ -203,15 +203,17 @@ class Experiment(Section):
         for question in self.question:
             self._known("question.study", [question.study], self.study)
             self._known("question", [question.arm, question.than], self.study[question.study].arms)
-        for worth in self.worth:
-            self._known("worth.study", [worth.study], self.study)
-            self._known("worth", [worth.arm, *worth.along], self.study[worth.study].arms)
-        of_points: list[Question | Worth] = [*self.question, *self.worth]
-        for asked in of_points:
-            self._known("measure of a question", [asked.measure], SHARES)
-            if self.study[asked.study].vary:
-                raise ValueError(f"{asked.study} varies a key; a question is about one point")
+            self._asked("question", question.study, question.measure)
+        if self.worth is not None:
+            main = next(iter(self.study))
+            self._known("worth.along", self.worth.along, self.study[main].arms)
+            self._asked("worth", main, self.worth.measure)
         return self
+
+    def _asked(self, key: str, study: str, measure: str) -> None:
+        self._known(f"{key}.measure", [measure], SHARES)
+        if self.study[study].vary:
+            raise ValueError(f"{key}: {study} varies a key; a question is about one point")
 
     @staticmethod
     def _free(key: str, settings: Mapping[str, Any], taken: Container[str]) -> None:

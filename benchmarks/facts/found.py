@@ -25,6 +25,11 @@ class Found:
             if job.name in self.now.done
         ]
 
+    @property
+    def main(self) -> str:
+        """The study that arms are compared in."""
+        return next(iter(self.experiment.study))
+
     def by_arm(self, study: str) -> dict[str, list[Record]]:
         groups: dict[str, list[Record]] = defaultdict(list)
         for _, _, record in self.study(study):

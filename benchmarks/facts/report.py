@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.facts.answers import Answer, differences, questions, times
+from benchmarks.facts.answers import Answer, differences, priced, prices, questions
 from benchmarks.facts.experiment import Ablation, Experiment, Figure, Study, Value
 from benchmarks.facts.found import Found, over, scores_of
 from benchmarks.facts.jobs import Jobs
@@ -41,6 +41,7 @@ def page(found: Found, out: Path) -> str:
     parts += differences(experiment, answers)
     parts += in_brief(found, "## In brief", "")
     parts += questions(answers)
+    parts += priced(found)
     parts += arms(found)
     for name in experiment.study:
         parts += studied(found, name, out)
@@ -100,8 +101,7 @@ DEFAULTS = (
 
 def defaults(found: Found) -> str:
     """Of those the ones that all arms of the main study have in common."""
-    main = next(iter(found.experiment.study))
-    plans = [job.plan().run.train for _, _, job in found.jobs.of_study(main, found.now.chosen)]
+    plans = [job.plan().run.train for _, _, job in found.jobs.of_study(found.main, found.now.chosen)]
     told = {key: {told_value(getattr(train, key)) for train in plans if train is not None} for key in DEFAULTS}
     return ", ".join(f"{name_of(key)} {values.pop()}" for key, values in told.items() if len(values) == 1)
 
@@ -179,7 +179,7 @@ def spread(found: Found, study: Study, groups: dict[Any, list[Record]]) -> list[
     """How far apart runs of one seed must be to differ, by arms of the main study that are tuned as these are."""
     if all(len(records) > 1 for records in groups.values()):
         return []
-    main = found.by_arm(next(iter(found.experiment.study)))
+    main = found.by_arm(found.main)
     told = []
     for tuned in dict.fromkeys(map(found.jobs.tuned_as, study.arms)):
         alike = {arm: records for arm, records in main.items() if found.jobs.tuned_as(arm) == tuned}
@@ -193,24 +193,26 @@ def spread(found: Found, study: Study, groups: dict[Any, list[Record]]) -> list[
 
 
 def in_brief(found: Found, *before: str) -> list[str]:
-    """The main study in few columns, and what an arm is worth; nothing where none of it is done."""
-    groups, base = found.by_arm(next(iter(found.experiment.study))), found.baseline()
+    """The main study in few columns, what each arm is worth among them; nothing where none of it is done."""
+    groups, base = found.by_arm(found.main), found.baseline()
     if not groups:
         return []
-    measures = ("recall", "held_out_loss", "recalled_bits")
+    measures, worth = ("recall", "held_out_loss", "recalled_bits"), found.experiment.worth
+    worths = prices(found, worth, worth.measure) if worth is not None else {}
     rows = [
         [
             found.label(arm),
             si(records[0].params),
             *in_those_of(records[0], base),
             *(over(records, measure) for measure in measures),
+            str(worths.get(arm, "")),
         ]
         for arm, records in groups.items()
     ]
     guess, score = best_guess([record for records in groups.values() for record in records])
-    rows.append([f"no model: {guess}", "", "", "", score, "", ""])
-    head = ["arm", "params", *COSTS, *map(name_of, measures)]
-    return [*before, *table(head, rows), *(line for worth in found.experiment.worth for line in times(found, worth))]
+    rows.append([f"no model: {guess}", "", "", "", score, "", "", ""])
+    head = ["arm", "params", *COSTS, *map(name_of, measures), f"FLOPs of {worth.title}" if worth else ""]
+    return [*before, *table(head, rows)]
 
 
 def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
