@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ SPEC = next(text for kind, text in BLOCKS if kind == "toml")
 # Shown for what they say when a claim does not hold.
 FAILING = ("memforge check specs/demo/moe.toml --set parity.tolerance.flops=0.001",)
 CONSOLES = [text.splitlines() for kind, text in BLOCKS if kind == "console"]
+# What a command of Python prints, in Markdown.
+QUOTED = re.findall(r"^<!-- python -m ([^\n]+) -->\n\n(.*?)\n^<!-- end -->", PAGES, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,15 @@ def test_shown_outputs_are_real(directory: Path) -> None:
         parts = [part for part in "\n".join(output).split("\n\n") if part != "..."]
         assert parts == [part for part in real if part in parts], "run benchmarks/readme.py to refresh the README"
         assert len(parts) == len(real) or "..." in output
+
+
+def test_quoted_tables_are_real() -> None:
+    assert len(QUOTED) == 1
+    for command, quoted in QUOTED:
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)], cwd=REPO, capture_output=True, text=True, check=True
+        )
+        assert quoted == done.stdout, "run benchmarks/readme.py to refresh the README"
 
 
 def test_the_readme_is_short() -> None:
