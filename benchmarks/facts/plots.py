@@ -18,7 +18,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKS = "osD^vPX*p"
 DASHES = ("-", "--", ":")
 # Points that are nearer than so, as a ratio, stand side by side and share a tick.
-NEAR = 1.05
+NEAR = 1.1
 MAX_TICKS, MAX_INSIDE = 8, 5
 
 Point = tuple[float, float]
