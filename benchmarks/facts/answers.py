@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks.facts.experiment import SHARES, Experiment, Question, Worth
-from benchmarks.facts.found import Found, scores_of
+from benchmarks.facts.found import Found, over, scores_of
 from benchmarks.facts.records import Record
 from benchmarks.facts.shown import change, interval, name_of, table
 from benchmarks.facts.statistics import difference, estimate, reached_at
@@ -149,8 +149,8 @@ class Price:
 
 
 def prices(found: Found, worth: Worth, measure: str) -> dict[str, Price]:
-    """Of every arm of the main study that is not on the line; none while the line has a gap."""
-    groups = found.by_arm(found.main)
+    """Of every arm that is not on the line; none while the line has a gap."""
+    groups = found.as_tuned()
     if not all(groups.get(name) for name in worth.along):
         return {}
     return {arm: Price.of(groups, worth.along, arm, measure) for arm in groups if arm not in worth.along}
@@ -164,10 +164,16 @@ def priced(found: Found) -> list[str]:
     by = {measure: prices(found, worth, measure) for measure in dict.fromkeys((worth.measure, "held_out_loss"))}
     if not (arms := by[worth.measure]):
         return []
-    head = ["arm", *(text for measure in by for text in (f"by {name_of(measure)}", "seeds"))]
+    groups = found.as_tuned()
+    head = ["arm", name_of(worth.measure), *(text for measure in by for text in (f"by {name_of(measure)}", "seeds"))]
     rows = [
-        [found.label(arm), *(text for of_arms in by.values() for text in (str(of_arms[arm]), of_arms[arm].seeds))]
-        for arm in arms
+        [
+            found.label(arm),
+            over(groups[arm], worth.measure),
+            *(text for of_arms in by.values() for text in (str(of_arms[arm]), of_arms[arm].seeds)),
+        ]
+        for arm, price in arms.items()
+        if price.by_seed
     ]
     note = (
         f"FLOPs per token in those of the arm, forward and backward, on the line through "

@@ -103,8 +103,8 @@ class Question(Section):
 
 
 class Worth(Section):
-    """How many FLOPs a model on the line of the arms `along` needs for what each other arm of the main study has, in
-    those of the arm. `title` is what such a model is called.
+    """How many FLOPs a model on the line of the arms `along` needs for what each other arm has, in those of the arm.
+    `title` is what such a model is called.
     """
 
     title: str

@@ -41,14 +41,14 @@ class Found:
         runs = (self.by_arm(name)[self.experiment.baseline] for name in self.experiment.study)
         return next((run for found in runs for run in found), None)
 
-    def by_seed(self, study: str, arm: str, measure: str) -> dict[int, float]:
-        return scores_of(self.by_arm(study)[arm], measure)
-
-    def of_arm(self, arm: str, measure: str) -> list[float]:
-        """The measure of an arm by seed, over all studies that vary no key."""
-        plain = [name for name, study in self.experiment.study.items() if arm in study.arms and not study.vary]
-        found = {seed: value for name in plain for seed, value in self.by_seed(name, arm, measure).items()}
-        return list(found.values())
+    def as_tuned(self) -> dict[str, list[Record]]:
+        """The runs of each arm with what was chosen for it and nothing else, over all studies: one for each seed."""
+        plain = [name for name, study in self.experiment.study.items() if not study.vary and not study.set]
+        groups: dict[str, dict[int, Record]] = defaultdict(dict)
+        for name in plain:
+            for _, seed, record in self.study(name):
+                groups[record.arm][seed] = record
+        return {arm: list(records.values()) for arm, records in groups.items()}
 
     def label(self, arm: str) -> str:
         return self.experiment.arm[arm].label

@@ -234,8 +234,8 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
         return []
     law = None
     if figure.law != "none":
-        floor = found.of_arm(figure.floor, figure.y) if figure.floor else []
-        law = law_of(seeds, fmean(floor) if floor else 0.0)
+        floor = scores_of(found.as_tuned().get(figure.floor, []), figure.y) if figure.floor else {}
+        law = law_of(seeds, fmean(floor.values()) if floor else 0.0)
     draw(figure, lines, law, out / f"{name}.svg", (name_of(figure.x), name_of(figure.y)), shown)
     text = [f"### {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
     if figure.note:
