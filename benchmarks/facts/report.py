@@ -211,7 +211,7 @@ def in_brief(found: Found, *before: str) -> list[str]:
     ]
     guess, score = best_guess([record for records in groups.values() for record in records])
     rows.append([f"no model: {guess}", "", "", "", score, "", "", ""])
-    head = ["arm", "params", *COSTS, *map(name_of, measures), f"FLOPs of {worth.title}" if worth else ""]
+    head = ["arm", "params", *COSTS, *map(name_of, measures), f"{worth.title}, times its FLOPs" if worth else ""]
     return [*before, *table(head, rows)]
 
 
