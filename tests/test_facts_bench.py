@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPO, write
 
+from benchmarks.facts.answers import Price
 from benchmarks.facts.corpora import require, sha256
 from benchmarks.facts.experiment import Settings, read_experiment
 from benchmarks.facts.jobs import Jobs, plan_of
@@ -262,6 +263,14 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert elsewhere.stderr == (
         f"error: {file}: of 11 finished runs none was made with this processor and these packages\n"
     )
+
+
+def test_what_an_arm_is_worth_is_told_seed_by_seed_where_it_is_beyond_the_line() -> None:
+    assert str(Price({1: 2.0, 2: 8.0}, 1.0, 8.0)).startswith("4.0 [")
+    assert str(Price({1: 2.0}, 1.0, 8.0)) == "2.0"
+    beyond = Price({1: 0.0, 2: math.inf, 3: 0.0}, 1.0, 8.0)
+    assert str(beyond) == "less than 1.0 / more than 8.0"
+    assert beyond.seeds == "less than 1.0, more than 8.0, less than 1.0"
 
 
 def test_an_interrupted_experiment_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
     except OSError as error:  # where records, pictures or runs should go
-        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}\n")
         sys.exit(StorageError.exit_code)
 
 

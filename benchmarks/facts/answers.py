@@ -143,14 +143,14 @@ class Price:
         ratios = list(self.by_seed.values())
         if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
             return " / ".join(dict.fromkeys(map(self._told, ratios)))
-        over = estimate([math.log(ratio) for ratio in ratios])
-        reach = f" [{math.exp(over.low):.1f}, {math.exp(over.high):.1f}]" if over.known else ""
-        return f"{math.exp(over.mean):.1f}{reach}"
+        mean = estimate([math.log(ratio) for ratio in ratios])
+        reach = f" [{math.exp(mean.low):.1f}, {math.exp(mean.high):.1f}]" if mean.known else ""
+        return f"{math.exp(mean.mean):.1f}{reach}"
 
 
 def prices(found: Found, worth: Worth, measure: str) -> dict[str, Price]:
     """Of every arm that is not on the line; none while the line has a gap."""
-    groups = found.as_tuned()
+    groups = found.as_tuned
     if not all(groups.get(name) for name in worth.along):
         return {}
     return {arm: Price.of(groups, worth.along, arm, measure) for arm in groups if arm not in worth.along}
@@ -164,12 +164,11 @@ def priced(found: Found) -> list[str]:
     by = {measure: prices(found, worth, measure) for measure in dict.fromkeys((worth.measure, "held_out_loss"))}
     if not (arms := by[worth.measure]):
         return []
-    groups = found.as_tuned()
     head = ["arm", name_of(worth.measure), *(text for measure in by for text in (f"by {name_of(measure)}", "seeds"))]
     rows = [
         [
             found.label(arm),
-            over(groups[arm], worth.measure),
+            over(found.as_tuned[arm], worth.measure),
             *(text for of_arms in by.values() for text in (str(of_arms[arm]), of_arms[arm].seeds)),
         ]
         for arm, price in arms.items()

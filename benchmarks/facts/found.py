@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cached_property
 
 from benchmarks.facts.experiment import Experiment, Settings
 from benchmarks.facts.jobs import Jobs
@@ -41,6 +42,7 @@ class Found:
         runs = (self.by_arm(name)[self.experiment.baseline] for name in self.experiment.study)
         return next((run for found in runs for run in found), None)
 
+    @cached_property
     def as_tuned(self) -> dict[str, list[Record]]:
         """The runs of each arm with what was chosen for it and nothing else, over all studies: one for each seed."""
         plain = [name for name, study in self.experiment.study.items() if not study.vary and not study.set]

@@ -193,7 +193,7 @@ def spread(found: Found, study: Study, groups: dict[Any, list[Record]]) -> list[
 
 
 def in_brief(found: Found, *before: str) -> list[str]:
-    """The main study in few columns, what each arm is worth among them; nothing where none of it is done."""
+    """The main study in few columns, what each arm is worth in the last; nothing where none of it is done."""
     groups, base = found.by_arm(found.main), found.baseline()
     if not groups:
         return []
@@ -234,7 +234,7 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
         return []
     law = None
     if figure.law != "none":
-        floor = scores_of(found.as_tuned().get(figure.floor, []), figure.y) if figure.floor else {}
+        floor = scores_of(found.as_tuned.get(figure.floor, []), figure.y) if figure.floor else {}
         law = law_of(seeds, fmean(floor.values()) if floor else 0.0)
     draw(figure, lines, law, out / f"{name}.svg", (name_of(figure.x), name_of(figure.y)), shown)
     text = [f"### {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
