@@ -13,7 +13,6 @@ most beyond parameters and optimizer state. Results are written to benchmarks/re
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memforge.machine import ENVIRONMENT
+from memforge.machine import ENVIRONMENT, cpu_name
 
 HERE = Path(__file__).parent
 DIM, HEADS, TOP_K, KEY_DIM = 256, 4, 32, 128
@@ -297,16 +296,10 @@ def read_bandwidth() -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=False)
     return {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "versions": {name: version(name) for name in ("torch", "numba", "memforge")},

@@ -411,12 +411,6 @@ def judged(arms: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def is_changed() -> bool:
-    """Whether the checkout differs from its commit."""
-    command = ["git", "status", "--porcelain", "--untracked-files=no"]
-    return bool(subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -441,7 +435,7 @@ def compared(args: argparse.Namespace) -> None:
     """Check, time, judge, print; a whole run at full length is written down."""
     names, rounds = args.arm or list(ARMS), 1 if args.quick else args.rounds
     began = time.perf_counter()
-    record: dict[str, Any] = {"machine": machine(), "changed": is_changed()}
+    record: dict[str, Any] = {"machine": machine()}
     record["same"] = require_same(list(dict.fromkeys(ARMS[name].spec for name in names)), quick=args.quick)
     spent = (time.perf_counter() - began) / 60
     record["arms"] = measured(names, rounds, quick=args.quick, minutes=args.minutes - spent)
