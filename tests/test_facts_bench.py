@@ -183,7 +183,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     first = facts("run", file, "--minutes", "0", cwd=tmp_path)
     assert (first.returncode, first.stderr.splitlines()[-1]) == (
         0,
-        "0 runs done, 11 left: the same command goes on",
+        "0 done, 11 left: the same command goes on",
     )
     early = facts("brief", file, cwd=tmp_path)
     assert (early.returncode, early.stderr) == (2, f"error: {file}: no run of the main study is finished\n")
@@ -313,11 +313,23 @@ def made(file: Path) -> tuple[Jobs, Records]:
                     "settings": dict(job.settings), "ended": "done", "params": 1, "active_params": 1, "slots": 0,
                     "flops_per_token": 1.0, "forward_flops_per_token": 1.0, "steps": 1, "tokens": 1, "data": {},
                     "baselines": {}, "exposures_per_fact": None, "final": {"held_out_loss": random.random()},
-                    "curve": [], "usage": {}, "made": {},
+                    "curve": [], "usage": {}, "made": {"seconds": 2.0 if job.arm == "plain" else 8.0},
                 }
             )  # fmt: skip
             write(records.path(job.name), text)
     return jobs, records
+
+
+def test_how_long_the_rest_takes_is_told_by_what_is_done(file: Path) -> None:
+    jobs, records = made(file)
+    assert state(jobs, records).how_far(2) == "11 done, 0 left"
+    for name in ("plain.seed-1", "table.seed-2", "table-large.seed-1", "table-large.seed-2"):
+        records.path(name).unlink()
+    # Three steps each: of the plain arm 2 s, of the table 8 s, of the large one as of the seven that are done.
+    now = state(jobs, records)
+    usual = (3 * 2 + 4 * 8) / 7
+    assert now.seconds_left() == pytest.approx(3 * (2 + 8 + 2 * usual))
+    assert replace(now, waiting=1).seconds_left() is None
 
 
 def test_records_of_an_arm_that_has_changed_are_refused_by_name(file: Path) -> None:

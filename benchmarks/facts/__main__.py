@@ -69,9 +69,10 @@ def run(
     require(bench.experiment.corpora)
     require_headline()
     with only_one(bench.scratch, bench.out):
-        now = Runner(bench.jobs, bench.records, bench.scratch, minutes, at_once or bench.at_once()).run()
-    left = len(now.left) + now.waiting
-    plain(f"{len(now.done)} runs done" + (f", {left} left: the same command goes on" if left else ""), stderr=True)
+        runner = Runner(bench.jobs, bench.records, bench.scratch, minutes, at_once or bench.at_once())
+        now = runner.run()
+    goes_on = ": the same command goes on" if now.left or now.waiting else ""
+    plain(now.how_far(runner.at_once) + goes_on, stderr=True)
     write_report(bench, now)
 
 
@@ -80,7 +81,9 @@ def status(file: File, out: Out = None, scratch: Scratch = None) -> None:
     """What is done, what is left, and what the search chose."""
     bench = Bench(file, out, scratch)
     parity, now = bench.jobs.require_parity(), bench.state()
-    table = Table("arm", "FLOPs", "runs", "left", "chosen", title=bench.experiment.title, title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=bench.experiment.title, title_justify="left")
+    for name in ("arm", "FLOPs", "runs", "left", "chosen"):
+        table.add_column(name, justify="left" if name in ("arm", "chosen") else "right")
     for arm in bench.experiment.arm:
         done = sum(record.arm == arm for record in now.done.values())
         left = sum(job.arm == arm for job in now.left)
@@ -88,7 +91,7 @@ def status(file: File, out: Out = None, scratch: Scratch = None) -> None:
         chosen = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
         table.add_row(arm, f"{parity[arm].ratio:.3f}", str(done), str(left), chosen)
     console().print(table)
-    plain(f"{len(now.done)} runs done, {len(now.left)} left, {now.waiting} wait for the search")
+    plain(now.how_far(bench.at_once()) + (f"; {now.waiting} of them wait for the search" if now.waiting else ""))
 
 
 @app.command()

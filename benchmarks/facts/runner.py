@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.facts.experiment import Experiment, Settings
@@ -44,6 +46,24 @@ class State:
     left: list[Job]
     chosen: dict[str, Settings]
     waiting: int
+
+    def how_far(self, at_once: int) -> str:
+        """In words, with about how long the rest takes with so many trainings at a time."""
+        seconds = self.seconds_left()
+        about = f", about {seconds / at_once / 3600:.1f} hours" if seconds else ""
+        return f"{len(self.done)} done, {len(self.left) + self.waiting} left{about}"
+
+    def seconds_left(self) -> float | None:
+        """Of all trainings that are left: an arm's take as long a step as those of it that are done, or as all of
+        them. None while it is not known which, or none is done.
+        """
+        if self.waiting or not self.done:
+            return None
+        paces: dict[str, list[float]] = defaultdict(list)
+        for record in self.done.values():
+            paces[record.arm].append(record.made["seconds"] / record.steps)
+        usual = fmean(pace for arm in paces.values() for pace in arm)
+        return sum(fmean(paces.get(job.arm, [usual])) * job.plan().run.train.steps for job in self.left)
 
 
 def state(jobs: Jobs, records: Records) -> State:
@@ -141,7 +161,7 @@ class Runner:
 
         def left() -> tuple[str, list[Job]]:
             now = state(self.jobs, self.records)
-            return f"{len(now.done)} done, {len(now.left) + now.waiting} left", now.left
+            return now.how_far(self.at_once), now.left
 
         for record in self.train(left):
             self.records.write(record)
