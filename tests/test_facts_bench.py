@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import REPO, write
 from benchmarks.facts.answers import Price
 from benchmarks.facts.corpora import require, sha256
 from benchmarks.facts.experiment import Settings, read_experiment
+from benchmarks.facts.found import Found
 from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record, record_of
 from benchmarks.facts.runner import Runner, commit_of, state
@@ -162,7 +164,7 @@ paper_measure = "their loss"
 paper = { table = "2.11", table-large = "2.10" }
 
 [findings]
-"It was tried:" = "and this was found."
+"It was tried:" = "{table recall} against {table.data.num_facts-12 held_out_loss}."
 """
 
 
@@ -232,7 +234,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert "geometric means and 95% intervals over seeds. In the paper: 4." in costs
     assert "Table | of 64: 64 rows." in page
     assert "one line" in (out / "flops.svg").read_text()
-    assert "**It was tried:** and this was found." in page
+    assert re.search(r"\*\*It was tried:\*\* \d+\.\d% ± \d+\.\d% against \d\.\d{3}\.", page)
     assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg", "slots.svg"}
     brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()
     arms = [line.split(" | ")[0] for line in brief if line.startswith("|")][2:]
@@ -318,6 +320,37 @@ def made(file: Path) -> tuple[Jobs, Records]:
             )  # fmt: skip
             write(records.path(job.name), text)
     return jobs, records
+
+
+def test_a_finding_names_runs_that_there_are(file: Path) -> None:
+    jobs, records = made(file)
+    found = Found(jobs.experiment, jobs, state(jobs, records))
+    with pytest.raises(UsageError, match=r"findings: {tabel recall}: tabel is no run, but for its seed"):
+        found.told("{tabel recall}")
+    records.path("table.data.num_facts-12.seed-1").unlink()
+    assert Found(jobs.experiment, jobs, state(jobs, records)).told("{table.data.num_facts-12 recall}") == (
+        "(not trained yet)"
+    )
+
+
+def test_an_experiment_that_extends_another_has_found_nothing_yet(file: Path) -> None:
+    above = read_experiment(write(file.parent / "more.toml", 'extends = "fixture.toml"\ntitle = "More"\n'))
+    assert (above.title, list(above.arm), above.findings, above.notes) == (
+        "More",
+        list(read_experiment(file).arm),
+        {},
+        {},
+    )
+    assert read_experiment(file).findings
+
+
+def test_the_findings_of_the_headline_are_of_runs_that_there_are() -> None:
+    headline = REPO / "benchmarks" / "facts" / "headline.toml"
+    jobs = Jobs(read_experiment(headline), headline.parent)
+    found = Found(jobs.experiment, jobs, state(jobs, Records(headline.parent / "results" / "headline" / "runs")))
+    told = [found.told(text) for text in jobs.experiment.findings.values()]
+    assert told
+    assert not any("{" in text for text in told)
 
 
 def test_how_long_the_rest_takes_is_told_by_what_is_done(file: Path) -> None:
@@ -432,6 +465,7 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
         ("seeds = [1, 2]", "seeds = []", "study.core.seeds: List should have at least 1 item"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "study.core.seeds: one is there twice"),
         ('x = "slots"', 'x = "slot"', "figure.sizes.x: slot is none of"),
+        ("{table recall}", "{table recal}", "findings.It was tried:: recal is none of"),
         ('measure = "held_out_loss"', 'measure = "recal"', "search.measure: recal is none of"),
         ('y = "recall"', 'y = "recalled_bits"', "figure.course.y: recalled_bits is none of"),
         ('"data.num_facts" = [12, 20]', '"train.seed" = [1]', "study.counts.vary: train.seed is set by the arm"),

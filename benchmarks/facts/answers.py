@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.facts.experiment import SHARES, Experiment, Question, Worth
+from benchmarks.facts.experiment import SHARES, Question, Worth
 from benchmarks.facts.found import Found, over, scores_of
 from benchmarks.facts.records import Record
 from benchmarks.facts.shown import change, interval, name_of, table
@@ -62,7 +62,7 @@ class Answer:
         return said is not None and self.verdict is not None and said != self.verdict
 
 
-def differences(experiment: Experiment, answers: list[Answer]) -> list[str]:
+def differences(found: Found, answers: list[Answer]) -> list[str]:
     """Where the order is not that of the paper; what was found out about it."""
     if not answers:
         return []
@@ -73,8 +73,8 @@ def differences(experiment: Experiment, answers: list[Answer]) -> list[str]:
     ]
     if not differing:
         lines += ["Nowhere among the questions that the intervals decide.", ""]
+    lines += [f"- **{title}** {found.told(text)}" for title, text in found.experiment.findings.items()]
     lines += [f"- Undecided, {a.undecided}: {a.question.text}" for a in answers if a.undecided]
-    lines += [f"- **{title}** {text}" for title, text in experiment.findings.items()]
     return [*lines, ""]
 
 

@@ -18,6 +18,10 @@ from memforge.errors import UsageError
 Value: TypeAlias = bool | int | float | str | list[int]
 Settings: TypeAlias = dict[str, Value]
 NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# In a finding: a measure of the runs of a name, over their seeds.
+FIGURE = re.compile(r"\{(?P<run>[^{} ]+) (?P<measure>[^{} ]+)\}")
+# What an experiment that extends another has of its own.
+FOUND = ("findings", "notes")
 SEED = "train.seed"
 # What a record knows of a run: shares, other scores, and what follows from them and the ledger.
 SHARES = ("recall", "recall.rare", "recall.unseen")
@@ -146,7 +150,8 @@ class Ablation(Section):
 
 class Experiment(Section):
     """A whole file. `corpora` are the SHA-256 of the sources of facts that it was made with; the first study is the
-    main one. `findings` are what was found about differences from the paper, `notes` how all came about.
+    main one. `findings` are what was found about differences from the paper, with figures as `{RUN MEASURE}`, where
+    RUN is the name of a record without its seed; `notes` how all came about.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -204,6 +209,9 @@ class Experiment(Section):
             self._known("question.study", [question.study], self.study)
             self._known("question", [question.arm, question.than], self.study[question.study].arms)
             self._asked("question", question.study, question.measure)
+        for title, text in self.findings.items():
+            for match in FIGURE.finditer(text):
+                self._known(f"findings.{title}", [match["measure"]], MEASURES)
         if self.worth is not None:
             main = next(iter(self.study))
             self._known("worth.along", self.worth.along, self.study[main].arms)
@@ -230,13 +238,14 @@ class Experiment(Section):
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment in a file, laid over the one beside it that it `extends`.
+    """The experiment in a file, laid over the one beside it that it `extends`, but for what was found by that one.
 
     Raises UsageError for a file that is absent or no experiment.
     """
     tables = _tables(path)
     if (base := tables.pop("extends", None)) is not None:
-        tables = _over(_tables(path.parent / str(base)), tables)
+        below = _tables(path.parent / str(base))
+        tables = _over({key: value for key, value in below.items() if key not in FOUND}, tables)
     try:
         return Experiment.model_validate(tables)
     except ValidationError as error:

@@ -1,15 +1,17 @@
 """The records of an experiment, study by study."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 
-from benchmarks.facts.experiment import Experiment, Settings
+from benchmarks.facts.experiment import FIGURE, Experiment, Settings
 from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
 from benchmarks.facts.shown import interval
 from benchmarks.facts.statistics import estimate
+from memforge.errors import UsageError
 
 
 class Found:
@@ -54,6 +56,24 @@ class Found:
 
     def label(self, arm: str) -> str:
         return self.experiment.arm[arm].label
+
+    def told(self, text: str) -> str:
+        """A finding with its figures. Raises UsageError where it names no run."""
+        runs: dict[str, list[Record]] = {stem_of(job.name): [] for job in self.jobs.all(self.now.chosen)}
+        for record in self.now.done.values():
+            runs[stem_of(record.name)].append(record)
+
+        def figure(match: re.Match[str]) -> str:
+            if match["run"] not in runs and not self.now.waiting:
+                raise UsageError(f"findings: {match[0]}: {match['run']} is no run, but for its seed")
+            return over(runs.get(match["run"], ()), match["measure"]) or "(not trained yet)"
+
+        return FIGURE.sub(figure, text)
+
+
+def stem_of(name: str) -> str:
+    """The name of a job without its seed."""
+    return name.partition(".seed-")[0]
 
 
 def scores_of(records: Iterable[Record], measure: str) -> dict[int, float]:

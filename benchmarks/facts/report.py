@@ -38,7 +38,7 @@ def page(found: Found, out: Path) -> str:
     if left:
         parts += [f"**Not finished: {len(now.done)} runs are done, {left} are left.**", ""]
     answers = [answer for question in experiment.question if (answer := Answer.of(found, question)) is not None]
-    parts += differences(experiment, answers)
+    parts += differences(found, answers)
     parts += in_brief(found, "## In brief", "")
     parts += questions(answers)
     parts += priced(found)
