@@ -15,8 +15,7 @@ def page(record: dict[str, Any]) -> str:
         "Written by `python benchmarks/train.py`; its docstring says what an arm is. Do not edit.",
         "",
         f"{at['cpu']}, {at['threads']} threads, load {at['load']} before and {record['load_after']} after; {versions}; "
-        f"commit {at['commit']}; {record['rounds']} rounds in turns, "
-        f"{record['minutes']} minutes.",
+        f"commit {at['commit']}; {record['rounds']} rounds in turns, {record['minutes']} minutes.",
         "",
         f"`memforge` settings: {', '.join('='.join(item) for item in ENVIRONMENT.items())} and freed memory kept, as "
         "`memforge train` has it; `default`: torch as it comes. The models are the same functions: on the same weights "

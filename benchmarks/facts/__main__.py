@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from benchmarks.facts.corpora import require
 from benchmarks.facts.experiment import Experiment, read_experiment
@@ -23,7 +22,8 @@ from benchmarks.facts.jobs import Jobs
 from benchmarks.facts.records import Records
 from benchmarks.facts.runner import Runner, State, environment, only_one, state
 from memforge.errors import CheckFailedError, DeviceError, MemforgeError, StorageError, UsageError
-from memforge.report.console import console, plain
+from memforge.report.console import console, plain, print_whole
+from memforge.report.cost import titled_table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -81,16 +81,15 @@ def status(file: File, out: Out = None, scratch: Scratch = None) -> None:
     """What is done, what is left, and what the search chose."""
     bench = Bench(file, out, scratch)
     parity, now = bench.jobs.require_parity(), bench.state()
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=bench.experiment.title, title_justify="left")
-    for name in ("arm", "FLOPs", "runs", "left", "chosen"):
-        table.add_column(name, justify="left" if name in ("arm", "chosen") else "right")
+    table = titled_table(bench.experiment.title, ("arm", "FLOPs", "runs", "left", "chosen"))
+    table.columns[-1].justify = "left"
     for arm in bench.experiment.arm:
         done = sum(record.arm == arm for record in now.done.values())
         left = sum(job.arm == arm for job in now.left)
         settings = now.chosen.get(bench.jobs.tuned_as(arm), {})
         chosen = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
         table.add_row(arm, f"{parity[arm].ratio:.3f}", str(done), str(left), chosen)
-    console().print(table)
+    print_whole(console(), table)
     plain(now.how_far(bench.at_once()) + (f"; {now.waiting} of them wait for the search" if now.waiting else ""))
 
 

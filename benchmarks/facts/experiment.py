@@ -21,7 +21,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # In a finding: a measure of the runs of a name, over their seeds.
 FIGURE = re.compile(r"\{(?P<run>[^{} ]+) (?P<measure>[^{} ]+)\}")
 # What an experiment that extends another has of its own.
-FOUND = ("findings", "notes")
+OWN = ("findings", "notes")
 SEED = "train.seed"
 # What a record knows of a run: shares, other scores, and what follows from them and the ledger.
 SHARES = ("recall", "recall.rare", "recall.unseen")
@@ -245,7 +245,7 @@ def read_experiment(path: Path) -> Experiment:
     tables = _tables(path)
     if (base := tables.pop("extends", None)) is not None:
         below = _tables(path.parent / str(base))
-        tables = _over({key: value for key, value in below.items() if key not in FOUND}, tables)
+        tables = _over({key: value for key, value in below.items() if key not in OWN}, tables)
     try:
         return Experiment.model_validate(tables)
     except ValidationError as error:

@@ -57,11 +57,17 @@ class Found:
     def label(self, arm: str) -> str:
         return self.experiment.arm[arm].label
 
-    def told(self, text: str) -> str:
-        """A finding with its figures. Raises UsageError where it names no run."""
+    @cached_property
+    def by_name(self) -> dict[str, list[Record]]:
+        """The records of each job by its name without the seed; none of those that are left."""
         runs: dict[str, list[Record]] = {stem_of(job.name): [] for job in self.jobs.all(self.now.chosen)}
         for record in self.now.done.values():
             runs[stem_of(record.name)].append(record)
+        return runs
+
+    def told(self, text: str) -> str:
+        """A finding with its figures. Raises UsageError where it names no run."""
+        runs = self.by_name
 
         def figure(match: re.Match[str]) -> str:
             if match["run"] not in runs and not self.now.waiting:

@@ -1,0 +1,196 @@
+"""The file of an experiment, what it asks to be trained, and what is read in its records; nothing is trained here."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import REPO, write
+from made_experiment import EXPERIMENT, MEMORY, experiment_in, made
+
+from benchmarks.facts.answers import Price
+from benchmarks.facts.corpora import require, sha256
+from benchmarks.facts.experiment import Settings, read_experiment
+from benchmarks.facts.found import Found
+from benchmarks.facts.jobs import Jobs, plan_of
+from benchmarks.facts.records import Records, read_record
+from benchmarks.facts.runner import state
+from benchmarks.facts.shown import told_settings
+from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return experiment_in(tmp_path)
+
+
+def test_what_an_arm_is_worth_is_told_seed_by_seed_where_it_is_beyond_the_line() -> None:
+    assert str(Price({1: 2.0, 2: 8.0}, 1.0, 8.0)).startswith("4.0 [")
+    assert str(Price({1: 2.0}, 1.0, 8.0)) == "2.0"
+    beyond = Price({1: 0.0, 2: math.inf, 3: 0.0}, 1.0, 8.0)
+    assert str(beyond) == "less than 1.0 / more than 8.0"
+    assert beyond.seeds == "less than 1.0, more than 8.0, less than 1.0"
+
+
+def test_a_finding_names_runs_that_there_are(file: Path) -> None:
+    jobs, records = made(file)
+    found = Found(jobs.experiment, jobs, state(jobs, records))
+    with pytest.raises(UsageError, match=r"findings: {tabel recall}: tabel is no run, but for its seed"):
+        found.told("{tabel recall}")
+    records.path("table.data.num_facts-12.seed-1").unlink()
+    assert Found(jobs.experiment, jobs, state(jobs, records)).told("{table.data.num_facts-12 recall}") == (
+        "(not trained yet)"
+    )
+
+
+def test_an_experiment_that_extends_another_has_found_nothing_yet(file: Path) -> None:
+    above = read_experiment(write(file.parent / "more.toml", 'extends = "fixture.toml"\ntitle = "More"\n'))
+    assert (above.title, list(above.arm), above.findings, above.notes) == (
+        "More",
+        list(read_experiment(file).arm),
+        {},
+        {},
+    )
+    assert read_experiment(file).findings
+
+
+def test_the_findings_of_the_headline_are_of_runs_that_there_are() -> None:
+    headline = REPO / "benchmarks" / "facts" / "headline.toml"
+    jobs = Jobs(read_experiment(headline), headline.parent)
+    found = Found(jobs.experiment, jobs, state(jobs, Records(headline.parent / "results" / "headline" / "runs")))
+    told = [found.told(text) for text in jobs.experiment.findings.values()]
+    assert told
+    assert not any("{" in text for text in told)
+
+
+def test_how_long_the_rest_takes_is_told_by_what_is_done(file: Path) -> None:
+    jobs, records = made(file)
+    assert state(jobs, records).how_far(2) == "11 done, 0 left"
+    for name in ("plain.seed-1", "table.seed-2", "table-large.seed-1", "table-large.seed-2"):
+        records.path(name).unlink()
+    # Three steps each: of the plain arm 2 s, of the table 8 s, of the large one as of the seven that are done.
+    now = state(jobs, records)
+    usual = (3 * 2 + 4 * 8) / 7
+    assert now.seconds_left() == pytest.approx(3 * (2 + 8 + 2 * usual))
+    assert replace(now, waiting=1).seconds_left() is None
+
+
+def test_records_of_an_arm_that_has_changed_are_refused_by_name(file: Path) -> None:
+    _, records = made(file)
+    write(file, EXPERIMENT.replace('"place.0.block.num_sub_keys" = 10', '"place.0.block.num_sub_keys" = 12'))
+    with pytest.raises(
+        CheckFailedError,
+        match=r"2 finished runs .*: table-large\.seed-1, table-large\.seed-2; .* rm .*table-large\.seed-1",
+    ):
+        state(Jobs(read_experiment(file), file.parent), records)
+    write(file.parent / "table.toml", MEMORY.replace("key_dim = 8", "key_dim = 12"))
+    write(file, EXPERIMENT)
+    plan_of.cache_clear()
+    with pytest.raises(CheckFailedError, match=r"search\.table\.0, search\.table\.1"):
+        state(Jobs(read_experiment(file), file.parent), records)
+
+
+def test_an_arm_is_renamed_or_removed_in_the_file_alone(file: Path) -> None:
+    _, records = made(file)
+    write(file, EXPERIMENT.replace("table", "lookup").replace("lookup.toml", "table.toml"))
+    now = state(Jobs(read_experiment(file), file.parent), records)
+    assert {job.arm for job in now.left} == {"lookup"}
+    assert {record.arm for record in now.done.values()} == {"plain"}
+
+
+def test_a_study_varies_what_the_search_chose_and_shares_the_run_of_the_choice(file: Path) -> None:
+    write(file, EXPERIMENT.replace('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-3, 1e-2]'))
+    jobs = Jobs(read_experiment(file), file.parent)
+    chosen = {"table": {"train.value_learning_rate": 1e-2}}
+    (_, _, slow), (_, _, same) = jobs.of_study("counts", chosen)
+    assert slow.name == "table.train.value_learning_rate-0.001.seed-1"
+    assert slow.plan().run.train.value_learning_rate == 1e-3
+    _, _, of_core = next(jobs.of_study("core", chosen))
+    assert (same.name, same.fingerprint) == (of_core.name, of_core.fingerprint) == ("table.seed-1", same.fingerprint)
+    write(file, EXPERIMENT.replace('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-2, 1e-1]'))
+    assert state(*made(file)).waiting == 0, "a run that studies share does not wait for the search any more"
+
+
+def test_what_says_how_a_run_is_kept_is_no_change_of_it(file: Path) -> None:
+    jobs, records = made(file)
+    plan_of.cache_clear()
+    text = EXPERIMENT.replace("tolerance = 0.2", "tolerance = 0.3")
+    write(file, text.replace("[set]", '[set]\n"train.checkpoint_minutes" = 3.0'))
+    assert len(state(Jobs(read_experiment(file), file.parent), records).done) == len(state(jobs, records).done)
+    write(file, EXPERIMENT.replace("[set]", '[corpora]\nairports = "00"\n\n[set]\n"data.source" = "airports"'))
+    with pytest.raises(CheckFailedError, match=r"search\.plain\.0"):
+        state(Jobs(read_experiment(file), file.parent), records)
+
+
+def test_other_facts_than_those_pinned_are_refused_with_what_mends_it() -> None:
+    with pytest.raises(DeviceError, match=r"airports: the installed facts are others .*`make data` installs"):
+        require({"airports": "0" * 64})
+    require({"airports": sha256("airports")})
+    with pytest.raises(UsageError, match=r"corpora\.taxon: sources are airports, taxa"):
+        require({"taxon": ""})
+
+
+def test_a_record_that_is_damaged_is_named(file: Path) -> None:
+    jobs, records = made(file)
+    write(records.path("search.plain.0"), "{")
+    with pytest.raises(StorageError, match=r"search\.plain\.0\.json: damaged; delete it"):
+        state(jobs, records)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('baseline = "plain"', 'baseline = "none"', "baseline: none is none of plain, table, table-large"),
+        ('{ "train.learning_rate" = 1e-3 }', '{ "train.steps" = 3 }', "arm.plain: `search` sets other keys"),
+        ("trials = 2", "trials = 3", "arm.plain.search: 2 trials, and search.trials = 3 for all"),
+        ('tuned_as = "table"', 'tuned_as = "table-large"', "arm.table-large.tuned_as: table-large is none of"),
+        ('tuned_as = "table"', "", "arm.table-large: an arm has either `search` or `tuned_as`"),
+        ('than = "plain"', 'than = "plane"', "question: plane is none of"),
+        ('["plain", "table"] }', '["plain", "tables"] }', "figure.flops.lines: tables is none of plain, table"),
+        ('study = "sizes"', 'study = "size"', "figure.sizes.study: size is none of"),
+        ("seeds = [1, 2]", "seeds = []", "study.core.seeds: List should have at least 1 item"),
+        ("seeds = [1, 2]", "seeds = [1, 1]", "study.core.seeds: one is there twice"),
+        ('x = "slots"', 'x = "slot"', "figure.sizes.x: slot is none of"),
+        ("{table recall}", "{table recal}", "findings.It was tried:: recal is none of"),
+        ('measure = "held_out_loss"', 'measure = "recal"', "search.measure: recal is none of"),
+        ('y = "recall"', 'y = "recalled_bits"', "figure.course.y: recalled_bits is none of"),
+        ('"data.num_facts" = [12, 20]', '"train.seed" = [1]', "study.counts.vary: train.seed is set by the arm"),
+        ("vary = {", 'set = { "train.value_learning_rate" = 1e-3 }\nvary = {', "study.counts.set: .* is set by"),
+        ("[search]", "[search", "Expected ']' at the end of a table declaration"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(file: Path, old: str, new: str, message: str) -> None:
+    write(file, EXPERIMENT.replace(old, new))
+    with pytest.raises(UsageError, match=f".*fixture.toml: .*{message}".replace("[", r"\[").replace("]", r"\]")):
+        read_experiment(file)
+
+
+def test_a_key_of_a_spec_that_is_misspelt_is_refused_with_the_training_that_sets_it(file: Path) -> None:
+    write(file, EXPERIMENT.replace('"train.steps" = 2', '"train.stepz" = 2'))
+    with pytest.raises(UsageError, match=r"search\.plain\.0: --set:\d+:\d+: unknown key `stepz`"):
+        Jobs(read_experiment(file), file.parent).require_parity()
+
+
+def test_an_arm_that_is_not_what_it_claims_trains_nothing(file: Path) -> None:
+    write(file, EXPERIMENT.replace('label = "Plain"', 'label = "P"\ntimes = 2'))
+    with pytest.raises(CheckFailedError, match=r"arm\.plain: 1\.0000 times the FLOPs of plain, and times = 2 \+- 20%"):
+        Jobs(read_experiment(file), file.parent).require_parity()
+
+
+def test_settings_are_told_by_their_kind() -> None:
+    settings: Settings = {"train.schedule": "wsd", "train.steps": 1500, "train.learning_rate": 1e-3, "a.layers": [1, 2]}
+    assert told_settings(settings) == "schedule wsd, steps 1,500, learning rate 0.001, layers [1, 2]"
+
+
+def test_bits_are_those_of_whole_answers_beyond_what_names_give_away() -> None:
+    finished = sorted((REPO / "benchmarks/facts/results/headline/runs").glob("search.*.json"))
+    record = read_record(finished[0])
+    facts, bits = record.data["facts"], record.data["answer_bits"]
+    assert record.figure("recalled_bits") == pytest.approx(record.final["recall"] * facts * bits)
+    tested = record.model_copy(update={"final": {**record.final, "recall.unseen": 0.25}})
+    assert tested.figure("recalled_bits") == pytest.approx((record.final["recall"] - 0.25) * facts * bits)
+    assert tested.figure("bits_per_param") == pytest.approx(tested.figure("recalled_bits") / record.params)
+    prior = record.model_copy(
+        update={"final": {"held_out_loss": bits * math.log(2) / record.data["answer_tokens"]}}
+    )  # no better than how frequent each answer is
+    assert prior.figure("foretold_bits") == pytest.approx(0, abs=1e-6 * facts)
