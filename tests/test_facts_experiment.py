@@ -28,7 +28,7 @@ def test_what_an_arm_is_worth_is_told_seed_by_seed_where_it_is_beyond_the_line()
     assert str(Price({1: 2.0, 2: 8.0}, 1.0, 8.0)).startswith("4.0 [")
     assert str(Price({1: 2.0}, 1.0, 8.0)) == "2.0"
     beyond = Price({1: 0.0, 2: math.inf, 3: 0.0}, 1.0, 8.0)
-    assert str(beyond) == "less than 1.0 / more than 8.0"
+    assert str(beyond) == "less than 1.0 to more than 8.0"
     assert beyond.seeds == "less than 1.0, more than 8.0, less than 1.0"
 
 

@@ -139,10 +139,10 @@ class Price:
         return f"{ratio:.1f}" if ratio else f"less than {self.least:.1f}"
 
     def __str__(self) -> str:
-        """The geometric mean over seeds with its interval; seed by seed where one has no number."""
-        ratios = list(self.by_seed.values())
+        """The geometric mean over seeds with its interval; the least and the most where a seed has no number."""
+        ratios = sorted(self.by_seed.values())
         if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
-            return " / ".join(dict.fromkeys(map(self._told, ratios)))
+            return " to ".join(dict.fromkeys(map(self._told, ratios[:1] + ratios[-1:])))
         mean = estimate([math.log(ratio) for ratio in ratios])
         reach = f" [{math.exp(mean.low):.1f}, {math.exp(mean.high):.1f}]" if mean.known else ""
         return f"{math.exp(mean.mean):.1f}{reach}"

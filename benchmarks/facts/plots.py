@@ -1,7 +1,7 @@
 """Pictures of an experiment, the same to the byte for the same numbers."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.facts.experiment import SHARES, Figure
-from benchmarks.facts.statistics import Law, estimate
+from benchmarks.facts.experiment import Figure
+from benchmarks.facts.shown import is_share, name_of, shown
+from benchmarks.facts.statistics import Estimate, Law, estimate
 
-# Of Okabe and Ito: told apart by those who see fewer colours; then the same dashed, with other marks.
+# Of Okabe and Ito: told apart by those who see fewer colours; then the same dashed, with other marks, hollow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKS = "osD^vPX*p"
 DASHES = ("-", "--", ":")
@@ -29,31 +30,38 @@ def draw(
     lines: Mapping[str, Sequence[Point]],
     law: Law | None,
     path: Path,
-    names: tuple[str, str],
-    shown: Callable[[str, float], str],
 ) -> None:
-    """Means over seeds with their 95% intervals, joined line by line."""
+    """Means over seeds with their 95% intervals, joined line by line; of the rows of runs, those of the last."""
     settings = {"svg.hashsalt": "memforge", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
         axes = canvas.add_subplot()
+        ends: dict[str, float] = {}
         for i, (name, points) in enumerate(lines.items()):
             at: dict[float, list[float]] = defaultdict(list)
             for x, y in points:
                 at[x].append(y)
             found = {x: estimate(at[x]) for x in sorted(at)}
+            last = max(found)
+            reach = [
+                reached(one, is_share(figure.y)) if figure.join != "runs" or x == last else (0.0, 0.0)
+                for x, one in found.items()
+            ]
+            again, color = divmod(i, len(COLORS))
             axes.errorbar(
                 [x * aside(lines, name, x) if figure.join == "arms" and figure.log_x else x for x in found],
                 [one.mean for one in found.values()],
-                yerr=[one.high - one.mean if one.known else 0.0 for one in found.values()],
+                yerr=np.transpose(reach),
                 label=name,
                 capsize=3,
                 linewidth=1.5,
                 markersize=5,
-                color=COLORS[i % len(COLORS)],
+                color=COLORS[color],
                 marker=MARKS[i % len(MARKS)],
-                linestyle=DASHES[i // len(COLORS) % len(DASHES)],
+                markerfacecolor="white" if again else COLORS[color],
+                linestyle=DASHES[again % len(DASHES)],
             )
+            ends[name] = found[last].mean
         x_of_all = sorted({x for points in lines.values() for x, _ in points})
         if law is not None:
             x_law = np.geomspace(max(x_of_all[0], 1e-9), x_of_all[-1], 200)
@@ -63,20 +71,32 @@ def draw(
             mark(axes, x_of_all)
         if figure.log_y:
             axes.set_yscale("log")
-        elif figure.y in SHARES:
+        elif is_share(figure.y):
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -0.03), min(high, 1.03))
-        axes.set_xlabel(names[0])
-        axes.set_ylabel(names[1])
+        axes.set_xlabel(name_of(figure.x))
+        axes.set_ylabel(name_of(figure.y))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.x, value)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.y, value)))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > MAX_INSIDE:
-            canvas.legend(loc="outside right upper", frameon=False, fontsize=8)
+            handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            top_down = sorted(ends, key=lambda name: -ends[name])
+            canvas.legend(
+                [handles[name] for name in top_down], top_down, loc="outside right upper", frameon=False, fontsize=8
+            )
         elif len(lines) > 1 or figure.lines or law is not None:
             axes.legend(frameon=False, fontsize=8)
         canvas.savefig(path, format="svg", metadata={"Date": None})
+
+
+def reached(found: Estimate, share: bool) -> Point:
+    """How far an interval reaches below and above its mean: of a share, to nothing and to all at most."""
+    if not found.known:
+        return 0.0, 0.0
+    low, high = (max(found.low, 0.0), min(found.high, 1.0)) if share else (found.low, found.high)
+    return found.mean - low, high - found.mean
 
 
 def aside(lines: Mapping[str, Sequence[Point]], name: str, x: float) -> float:

@@ -236,7 +236,7 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
     if figure.law != "none":
         floor = scores_of(found.as_tuned.get(figure.floor, []), figure.y) if figure.floor else {}
         law = law_of(seeds, fmean(floor.values()) if floor else 0.0)
-    draw(figure, lines, law, out / f"{name}.svg", (name_of(figure.x), name_of(figure.y)), shown)
+    draw(figure, lines, law, out / f"{name}.svg")
     text = [f"### {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
     if figure.note:
         text += [figure.note, ""]

@@ -7,25 +7,35 @@ from benchmarks.facts.experiment import SHARES, Settings, Value
 from benchmarks.facts.statistics import Estimate
 from memforge.report.cost import si
 
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
 # What a measure is called, and how it is printed.
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "recall": ("recall", lambda value: f"{100 * value:.1f}%"),
-    "recall.rare": ("recall, rare phrasings", lambda value: f"{100 * value:.1f}%"),
+    "recall": ("recall", percent),
+    "recall.rare": ("recall, rare phrasings", percent),
     "held_out_loss": ("NLL per answer token", lambda value: f"{value:.3f}"),
     "held_out_loss.rare": ("NLL, rare phrasings", lambda value: f"{value:.3f}"),
-    "recall.unseen": ("recall, facts never trained", lambda value: f"{100 * value:.1f}%"),
+    "recall.unseen": ("recall, facts never trained", percent),
     "held_out_loss.unseen": ("NLL, facts never trained", lambda value: f"{value:.3f}"),
     "recalled_bits": ("bits recalled", lambda value: si(round(value))),
     "foretold_bits": ("bits by NLL", lambda value: si(round(value))),
     "bits_per_param": ("bits recalled per parameter", lambda value: f"{value:.4f}"),
     "bits_per_tflop": ("bits recalled per training TFLOP", lambda value: f"{value:,.0f}"),
-    "slots_ever": ("slots ever read", lambda value: f"{100 * value:.1f}%"),
-    "slots_used": ("slots used", lambda value: f"{100 * value:.1f}%"),
+    "slots_ever": ("slots ever read", percent),
+    "slots_used": ("slots used", percent),
     "flops_per_token": ("FLOPs per token", lambda value: si(round(value))),
     "tokens": ("tokens", lambda value: si(round(value))),
     "train_flops": ("training FLOPs", lambda value: si(round(value))),
     "slots": ("slots", lambda value: f"{value:,.0f}"),
 }
+
+
+def is_share(measure: str) -> bool:
+    """Whether it is from 0 to 1."""
+    return measure in MEASURES and MEASURES[measure][1] is percent
 
 
 def name_of(measure: str) -> str:
