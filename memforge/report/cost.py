@@ -1,6 +1,6 @@
 """The ledger and the parity verdict as tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -22,8 +22,10 @@ def si(value: int | float, unit: str = "") -> str:
     return f"{value / scale:.4g}{gap}{prefix}{unit}"
 
 
-def titled_table(title: str, columns: Iterable[str]) -> Table:
-    """The look of every table: numbers to the right, no lines."""
+def titled_table(title: str, columns: Iterable[str], *, left: Collection[str] = ()) -> Table:
+    """The look of every table: numbers to the right, what the first column and those of `left` say to the left, no
+    lines. No title, no line for it.
+    """
     table = Table(
         title=title,
         title_justify="left",
@@ -34,7 +36,7 @@ def titled_table(title: str, columns: Iterable[str]) -> Table:
         min_width=len(title),
     )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i == 0 or column in left else "right", no_wrap=True)
     return table
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from memforge.report.console import console, print_whole
+from memforge.report.cost import titled_table
 
 INSTRUCTIONS = ("load", "store", "fma", "mma", "other")
 
@@ -15,11 +16,9 @@ def show_kernels(records: list[dict[str, Any]]) -> None:
 
 def kernel_table(records: list[dict[str, Any]]) -> Table:
     """One row a kernel and shape: config, registers, spills, shared memory, occupancy, loads, instruction mix."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=f"Kernels on {records[0]['target']}")
-    table.title_justify = "left"
     columns = ("kernel", "dtype", "width", "k", "config", "registers", "spills", "shared", "occupancy", "128-bit loads")
-    for column in (*columns, *INSTRUCTIONS):
-        table.add_column(column, justify="left" if column in ("kernel", "dtype", "config") else "right", no_wrap=True)
+    title = f"Kernels on {records[0]['target']}"
+    table = titled_table(title, (*columns, *INSTRUCTIONS), left=("dtype", "config"))
     for r in records:
         config = " ".join(f"{name.removeprefix('BLOCK_')}={size}" for name, size in r["config"].items())
         wide = "" if r["wide_share"] is None else f"{r['wide_share']:.0%}"

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from memforge.report.console import console, plain, print_whole
-from memforge.report.cost import si
+from memforge.report.cost import si, titled_table
 
 
 def show_runs(summaries: Sequence[dict[str, Any]]) -> None:
@@ -19,12 +19,10 @@ def show_runs(summaries: Sequence[dict[str, Any]]) -> None:
 
 def run_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """One row a run: size, cost, what it was shown, what it recalls."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     facts = all("recall" in s["final"] and "exposures_per_fact" in s for s in summaries)
     columns = ["model", "params", "FLOPs/token", "steps", "loss", "held-out loss"]
     columns += ["facts", "exposures", "recall", "majority", "copy"] if facts else []
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    table = titled_table("", columns)
     for s in summaries:
         final = s["final"]
         row = [s["name"], f"{s['params']:,}", si(s["flops_per_token"]), f"{s['steps']:,}"]
