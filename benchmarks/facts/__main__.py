@@ -68,12 +68,13 @@ def run(
     bench.jobs.require_parity()
     require(bench.experiment.corpora)
     require_headline()
+    require_findings(bench)
     with only_one(bench.scratch, bench.out):
         runner = Runner(bench.jobs, bench.records, bench.scratch, minutes, at_once or bench.at_once())
         now = runner.run()
-    goes_on = ": the same command goes on" if now.left or now.waiting else ""
-    plain(now.how_far(runner.at_once) + goes_on, stderr=True)
-    write_report(bench, now)
+        goes_on = ": the same command goes on" if now.left or now.waiting else ""
+        plain(now.how_far(runner.at_once) + goes_on, stderr=True)
+        write_report(bench, now)
 
 
 @app.command()
@@ -108,7 +109,7 @@ def brief(file: File, out: Out = None) -> None:
     from benchmarks.facts.found import Found
     from benchmarks.facts.report import in_brief
 
-    lines = in_brief(Found(bench.experiment, bench.jobs, bench.state()))
+    lines = in_brief(Found(bench.jobs, bench.state()))
     if not lines:
         raise UsageError(f"{file}: no run of the main study is finished")
     sys.stdout.write("\n".join(lines).rstrip() + "\n")
@@ -137,16 +138,19 @@ def repeat(
     drawn = random.Random(seed).sample(names, min(count, len(names)))
     plain(f"{len(drawn)} of {len(names)} runs that were made here, of {len(now.done)} in all", stderr=True)
     waiting = {job.name: job for job in bench.jobs.all(now.chosen) if job.name in drawn}
-    different = []
+    different, repeated = [], Records(bench.scratch / "repeated" / "different")
     with only_one(bench.scratch):
         runner = Runner(bench.jobs, bench.records, bench.scratch / "repeated", at_once=bench.at_once())
         runner.scratch.mkdir(exist_ok=True)
         for again in runner.train(lambda: (f"{len(waiting)} to compare", list(waiting.values()))):
             del waiting[again.name]
             found = again.differences(now.done[again.name])
-            verdict = f"DIFFERENT: {', '.join(found)}" if found else "the same"
+            verdict = "the same"
+            if found:
+                different.append(again.name)
+                repeated.write(again)
+                verdict = f"DIFFERENT: {', '.join(found)} (see {repeated.path(again.name)})"
             plain(f"{again.name}: {verdict}, {again.made['seconds']:.0f} s")
-            different += [again.name] if found else []
     if different:
         raise CheckFailedError(f"not what was found before: {', '.join(different)}")
 
@@ -158,11 +162,20 @@ def require_headline() -> None:
         raise DeviceError(f"the report needs {' and '.join(missing)}: pip install -c constraints.txt -e '.[headline]'")
 
 
+def require_findings(bench: Bench) -> None:
+    """Raises UsageError where a finding names no run: known before hours of training."""
+    from benchmarks.facts.found import Found
+
+    found = Found(bench.jobs, bench.state())
+    for text in bench.experiment.findings.values():
+        found.told(text)
+
+
 def write_report(bench: Bench, now: State) -> None:
     require_headline()
     from benchmarks.facts.report import write
 
-    write(bench.experiment, bench.jobs, now, bench.out)
+    write(bench.jobs, now, bench.out)
 
 
 def main() -> None:

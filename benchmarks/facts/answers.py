@@ -9,7 +9,7 @@ from benchmarks.facts.experiment import SHARES, Question, Worth
 from benchmarks.facts.found import Found, over, scores_of
 from benchmarks.facts.records import Record
 from benchmarks.facts.shown import change, interval, name_of, table
-from benchmarks.facts.statistics import difference, estimate, reached_at
+from benchmarks.facts.statistics import difference, estimate, holm, reached_at
 
 SAYS = {True: "yes", False: "no", None: "undecided"}
 PAPER_SAYS = {"more": True, "less": False, "unclear": None}
@@ -30,6 +30,7 @@ class Answer:
         self.ours, self.theirs = (estimate([of_arm[seed] for seed in shared]) for of_arm in (of_ours, of_theirs))
         found = {measure: difference(*pair) for measure, pair in scores.items() if pair[0].keys() & pair[1].keys()}
         self.more, self.beside = found[question.measure], {name: found[name] for name in BESIDE if name in found}
+        self.sure = False  # that the verdict holds among all questions, which one alone does not know
         self.diverged = sum(record.ended != "done" for record in (*ours, *theirs))
         self.flops, self.forward = (
             fmean(getattr(record, cost) for record in ours) / fmean(getattr(record, cost) for record in theirs)
@@ -62,15 +63,23 @@ class Answer:
         return said is not None and self.verdict is not None and said != self.verdict
 
 
+def answers_of(found: Found) -> list[Answer]:
+    """The questions that have runs to answer them."""
+    answers = [answer for question in found.experiment.question if (answer := Answer.of(found, question)) is not None]
+    for answer, kept in zip(answers, holm([answer.more.p_value for answer in answers]), strict=True):
+        answer.sure = kept and answer.verdict is not None
+    return answers
+
+
 def differences(found: Found, answers: list[Answer]) -> list[str]:
     """Where the order is not that of the paper; what was found out about it."""
     if not answers:
         return []
     differing = [answer for answer in answers if answer.differs]
     lines = ["## Where this differs from the paper", ""]
-    lines += [
-        f"- {a.question.text} {SAYS[a.verdict].capitalize()}, and in the paper {a.question.paper}." for a in differing
-    ]
+    for a in differing:
+        alone = "" if a.sure else ", without correction for the number of questions"
+        lines.append(f"- {a.question.text} {SAYS[a.verdict].capitalize()}{alone}. In the paper: {a.question.paper}.")
     if not differing:
         lines += ["Nowhere among the questions that the intervals decide.", ""]
     lines += [f"- **{title}** {found.told(text)}" for title, text in found.experiment.findings.items()]
@@ -86,7 +95,7 @@ def questions(answers: list[Answer]) -> list[str]:
     rows = [
         [
             a.question.text,
-            f"**{SAYS[a.verdict]}**",
+            f"**{SAYS[a.verdict]}**" if a.sure else SAYS[a.verdict],
             change(a.question.measure, a.more),
             *(change(name, a.beside[name]) if name in a.beside else "" for name in BESIDE),
             str(a.more.count),
@@ -98,10 +107,10 @@ def questions(answers: list[Answer]) -> list[str]:
         for a in answers
     ]
     note = (
-        "Yes and no are said where the interval does not hold zero. Differences are ours less theirs, of recall in "
-        "percentage points, seed by seed: both arms of a seed train on the same facts in the same order. Intervals are "
-        f"Student's t over seeds, each by itself: of {len(answers)} intervals of 95% about {0.05 * len(answers):.1f} "
-        "miss. They do not hold what another search might have chosen."
+        "Yes and no are said where the 95% interval of that difference does not hold zero, in bold where this is so "
+        f"of all {len(answers)} questions together (Holm's correction). Differences are ours less theirs, of recall "
+        "in percentage points, by seed: both arms of a seed train on the same facts. Intervals are Student's t over "
+        "seeds, and ignore what another search would have chosen."
     )
     return ["## Answers", "", *table([*head, "in the paper"], rows), note, ""]
 
@@ -113,7 +122,7 @@ class Price:
     """
 
     by_seed: Mapping[int, float]
-    least: float
+    least: float  # what the first and the last model on the line cost
     most: float
 
     @classmethod
@@ -134,9 +143,10 @@ class Price:
         return ", ".join(map(self._told, self.by_seed.values()))
 
     def _told(self, ratio: float) -> str:
-        if ratio == math.inf:
+        """None is told beyond the line."""
+        if ratio > self.most:
             return f"more than {self.most:.1f}"
-        return f"{ratio:.1f}" if ratio else f"less than {self.least:.1f}"
+        return f"{ratio:.1f}" if ratio >= self.least else f"less than {self.least:.1f}"
 
     def __str__(self) -> str:
         """The geometric mean over seeds with its interval; the least and the most where a seed has no number."""
@@ -144,8 +154,8 @@ class Price:
         if not ratios or not all(0 < ratio < math.inf for ratio in ratios):
             return " to ".join(dict.fromkeys(map(self._told, ratios[:1] + ratios[-1:])))
         mean = estimate([math.log(ratio) for ratio in ratios])
-        reach = f" [{math.exp(mean.low):.1f}, {math.exp(mean.high):.1f}]" if mean.known else ""
-        return f"{math.exp(mean.mean):.1f}{reach}"
+        told = [self._told(math.exp(value)) for value in (mean.mean, mean.low, mean.high) if not math.isnan(value)]
+        return f"{told[0]} [{told[1]}, {told[2]}]" if mean.known else told[0]
 
 
 def prices(found: Found, worth: Worth, measure: str) -> dict[str, Price]:

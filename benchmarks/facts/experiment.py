@@ -17,18 +17,20 @@ from memforge.errors import UsageError
 
 Value: TypeAlias = bool | int | float | str | list[int]
 Settings: TypeAlias = dict[str, Value]
-NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# Of an experiment, an arm, a study and a figure: they become names of files, in which a dot parts an arm from the rest.
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 # In a finding: a measure of the runs of a name, over their seeds.
 FIGURE = re.compile(r"\{(?P<run>[^{} ]+) (?P<measure>[^{} ]+)\}")
-# What an experiment that extends another has of its own.
-OWN = ("findings", "notes")
+# What an experiment that extends another has of its own: the name of its records, and what was found by them.
+OWN = ("name", "findings", "notes")
 SEED = "train.seed"
 # What a record knows of a run: shares, other scores, and what follows from them and the ledger.
 SHARES = ("recall", "recall.rare", "recall.unseen")
 SCORES = (*SHARES, "held_out_loss", "held_out_loss.rare", "held_out_loss.unseen")
 MEASURES = (
-    *SCORES, "recalled_bits", "foretold_bits", "bits_per_param", "bits_per_tflop", "slots_used", "slots_ever", "slots",
-    "params", "active_params", "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
+    *SCORES, "net_recall", "recalled_bits", "foretold_bits", "bits_per_param", "bits_per_tflop", "slots_used",
+    "slots_ever", "slots_top_1pct", "slots_effective", "slots_per_fact", "slots", "params", "active_params",
+    "flops_per_token", "tokens", "train_flops", "exposures_per_fact",
 )  # fmt: skip
 
 
@@ -149,24 +151,26 @@ class Ablation(Section):
 
 
 class Experiment(Section):
-    """A whole file. `corpora` are the SHA-256 of the sources of facts that it was made with; the first study is the
-    main one. `findings` are what was found about differences from the paper, with figures as `{RUN MEASURE}`, where
-    RUN is the name of a record without its seed; `notes` how all came about.
+    """A whole file. `about` says what is asked, in a paragraph of the report; `corpora` are the SHA-256 of the sources
+    of facts that it was made with; the first study is the main one. `findings` are what was found about differences
+    from the paper, with figures as `{RUN MEASURE}`, where RUN is the name of a record without its seed; `notes` how all
+    came about.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    name: Name
     title: str
+    about: str = ""
     baseline: str
     tolerance: Annotated[float, Field(gt=0)] = 0.02
     threads: Annotated[int, Field(ge=1)] = 2
     corpora: dict[str, str] = {}
     set: Settings = {}
-    arm: dict[str, Arm]
+    arm: dict[Name, Arm]
     search: Search
-    study: dict[str, Study]
+    study: dict[Name, Study]
     question: list[Question] = []
     worth: Worth | None = None
-    figure: dict[str, Figure] = {}
+    figure: dict[Name, Figure] = {}
     ablation: dict[str, Ablation] = {}
     findings: dict[str, str] = {}
     notes: dict[str, str] = {}
@@ -176,8 +180,6 @@ class Experiment(Section):
         """Every name leads somewhere, and every tuned arm has the same number of trials."""
         self._known("baseline", [self.baseline], self.arm)
         for name, arm in self.arm.items():
-            if not NAME.fullmatch(name):
-                raise ValueError(f"arm.{name}: a name is of a-z, 0-9, `.`, `+` and `-`")
             if arm.tuned_as is not None:
                 searched = [other for other, given in self.arm.items() if given.search]
                 self._known(f"arm.{name}.tuned_as", [arm.tuned_as], searched)
@@ -202,26 +204,34 @@ class Experiment(Section):
             joined = [arm for arms in figure.lines.values() for arm in arms]
             self._known(f"figure.{name}.lines", joined, self.study[figure.study].arms)
             self._known(f"figure.{name}.floor", [figure.floor] if figure.floor else [], self.arm)
+            if figure.law != "none" and not figure.log_x:
+                raise ValueError(f"figure.{name}.law: laws are of the logarithm of x, and log_x = false")
+            if any(isinstance(value, str | list) for value in self.study[figure.study].vary.get(figure.x, [])):
+                raise ValueError(f"figure.{name}.x: {figure.x} has values that are no numbers")
         for name, ablation in self.ablation.items():
             self._known(f"ablation.{name}.study", [ablation.study], self.study)
             self._known(f"ablation.{name}.paper", list(ablation.paper), self.study[ablation.study].arms)
+            self._of_one_point(f"ablation.{name}", ablation.study)
         for question in self.question:
             self._known("question.study", [question.study], self.study)
             self._known("question", [question.arm, question.than], self.study[question.study].arms)
-            self._asked("question", question.study, question.measure)
+            self._known("question.measure", [question.measure], SHARES)
+            self._of_one_point("question", question.study)
         for title, text in self.findings.items():
             for match in FIGURE.finditer(text):
                 self._known(f"findings.{title}", [match["measure"]], MEASURES)
+        if not self.study:
+            raise ValueError("study: there is none")
+        self._of_one_point("the main study", main := next(iter(self.study)))
         if self.worth is not None:
-            main = next(iter(self.study))
             self._known("worth.along", self.worth.along, self.study[main].arms)
-            self._asked("worth", main, self.worth.measure)
+            self._known("worth.measure", [self.worth.measure], SHARES)
         return self
 
-    def _asked(self, key: str, study: str, measure: str) -> None:
-        self._known(f"{key}.measure", [measure], SHARES)
+    def _of_one_point(self, key: str, study: str) -> None:
+        """Where arms are compared, a seed has one run of each."""
         if self.study[study].vary:
-            raise ValueError(f"{key}: {study} varies a key; a question is about one point")
+            raise ValueError(f"{key}: {study} varies a key, and arms are compared at one point")
 
     @staticmethod
     def _free(key: str, settings: Mapping[str, Any], taken: Container[str]) -> None:
@@ -238,16 +248,12 @@ class Experiment(Section):
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment in a file, laid over the one beside it that it `extends`, but for what was found by that one.
+    """The experiment in a file, laid over the one beside it that it `extends`, but for the name and findings of that.
 
     Raises UsageError for a file that is absent or no experiment.
     """
-    tables = _tables(path)
-    if (base := tables.pop("extends", None)) is not None:
-        below = _tables(path.parent / str(base))
-        tables = _over({key: value for key, value in below.items() if key not in OWN}, tables)
     try:
-        return Experiment.model_validate(tables)
+        return Experiment.model_validate(_tables(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -256,13 +262,20 @@ def read_experiment(path: Path) -> Experiment:
         ) from None
 
 
-def _tables(path: Path) -> dict[str, Any]:
+def _tables(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Of a file and of those that it extends; `above` are the files that extend it."""
+    if path.resolve() in above:
+        raise UsageError(f"{path}: it extends itself")
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
+        tables = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}") from None
+    if (base := tables.pop("extends", None)) is None:
+        return tables
+    below = _tables(path.parent / str(base), (*above, path.resolve()))
+    return _over({key: value for key, value in below.items() if key not in OWN}, tables)
 
 
 def _over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
-from benchmarks.facts.experiment import FIGURE, Experiment, Settings
-from benchmarks.facts.jobs import Jobs
+from benchmarks.facts.experiment import FIGURE, Settings
+from benchmarks.facts.jobs import Job, Jobs
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
 from benchmarks.facts.shown import interval
@@ -17,8 +17,8 @@ from memforge.errors import UsageError
 class Found:
     """The records of an experiment, by study."""
 
-    def __init__(self, experiment: Experiment, jobs: Jobs, now: State) -> None:
-        self.experiment, self.jobs, self.now = experiment, jobs, now
+    def __init__(self, jobs: Jobs, now: State) -> None:
+        self.experiment, self.jobs, self.now = jobs.experiment, jobs, now
 
     def study(self, name: str) -> list[tuple[Settings, int, Record]]:
         """Point, seed and record of each finished run of a study."""
@@ -27,6 +27,10 @@ class Found:
             for point, seed, job in self.jobs.of_study(name, self.now.chosen)
             if job.name in self.now.done
         ]
+
+    def all_done(self) -> Iterator[Job]:
+        """The jobs that have a record; some more than once."""
+        return (job for job in self.jobs.all(self.now.chosen) if job.name in self.now.done)
 
     @property
     def main(self) -> str:
@@ -39,20 +43,14 @@ class Found:
             groups[record.arm].append(record)
         return groups
 
-    def baseline(self) -> Record | None:
-        """A run of the baseline, for what it costs; None while there is none."""
-        runs = (self.by_arm(name)[self.experiment.baseline] for name in self.experiment.study)
-        return next((run for found in runs for run in found), None)
+    def baseline(self) -> list[Record]:
+        """The runs of the baseline, for what they cost."""
+        return [record for record in self.now.done.values() if record.arm == self.experiment.baseline]
 
     @cached_property
     def as_tuned(self) -> dict[str, list[Record]]:
         """The runs of each arm with what was chosen for it and nothing else, over all studies: one for each seed."""
-        plain = [name for name, study in self.experiment.study.items() if not study.vary and not study.set]
-        groups: dict[str, dict[int, Record]] = defaultdict(dict)
-        for name in plain:
-            for _, seed, record in self.study(name):
-                groups[record.arm][seed] = record
-        return {arm: list(records.values()) for arm, records in groups.items()}
+        return {arm: self.by_name[arm] for arm in self.experiment.arm if self.by_name.get(arm)}
 
     def label(self, arm: str) -> str:
         return self.experiment.arm[arm].label

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.facts.experiment import SEED, Experiment, Settings, Study, Value
-from memforge.cost import estimate
+from memforge.cost import CostReport, estimate
 from memforge.errors import CheckFailedError, SpecError, UsageError
 from memforge.parity import Axis, claimed, report_seq_len, require
 from memforge.plan import Plan, make_plan
@@ -23,13 +23,13 @@ KEEPING = frozenset(
 
 @dataclass(frozen=True)
 class Job:
-    """One training: the spec of an arm, all that is set in it, in order, and what its facts are pinned to."""
+    """One training: the spec of an arm, all that is set in it, in order, and what sources of facts are pinned to."""
 
     name: str
     arm: str
     spec: Path
     settings: Mapping[str, Value]
-    facts: str
+    corpora: Mapping[str, str]
     threads: int
 
     @property
@@ -42,11 +42,15 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides what the training finds. What has its default is left out, as new keys will."""
-        plan = self.plan()
+        return self.fingerprint_of(self.plan())
+
+    def fingerprint_of(self, plan: Plan) -> str:
+        """SHA-256 of all that decides what a training by this plan finds: that of the job, or of what was trained in
+        its name. What has its default is left out, as new keys will.
+        """
         run = plan.run.model_dump(mode="json", exclude_defaults=True)
         run["train"] = {key: value for key, value in run["train"].items() if key not in KEEPING}
-        decides = [plan.model.model_hash, run, self.facts, self.threads]
+        decides = [plan.model.model_hash, run, self.corpora.get(source_of(plan), ""), self.threads]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
@@ -54,6 +58,11 @@ class Job:
 def plan_of(spec: Path, overrides: tuple[str, ...]) -> Plan:
     """The plan of a spec; a process reads each once."""
     return make_plan(load_spec(spec, overrides=list(overrides)))
+
+
+def source_of(plan: Plan) -> str:
+    """The source of the facts that a plan trains on; empty where it trains on none."""
+    return str(getattr(plan.run.data, "source", ""))
 
 
 class Jobs:
@@ -67,8 +76,8 @@ class Jobs:
         merged: Settings = dict(self.experiment.set)
         for more in (given.set, *settings):
             merged |= more
-        facts = self.experiment.corpora.get(str(merged.get("data.source")), "")
-        return Job(name, arm, self.directory / given.spec, merged, facts, self.experiment.threads)
+        corpora, threads = self.experiment.corpora, self.experiment.threads
+        return Job(name, arm, self.directory / given.spec, merged, corpora, threads)
 
     def trials(self, arm: str) -> list[Job]:
         """Those that tune an arm."""
@@ -111,13 +120,18 @@ class Jobs:
 
     def require_parity(self) -> dict[str, Axis]:
         """FLOPs of each arm beside those of the baseline. Raises CheckFailedError where one is not what it claims, and
-        UsageError where a setting of any job is a mistake.
+        UsageError where a setting of any job is a mistake or its facts are not pinned as others are.
         """
+        pinned = self.experiment.corpora
         for job in self.all({arm: self.experiment.arm[arm].trials()[0] for arm in self.tuned_arms()}):
             try:
                 plan = job.plan()
             except SpecError as error:
                 raise UsageError(f"{job.name}: {error}") from None
+            if pinned and source_of(plan) not in pinned:
+                raise UsageError(
+                    f"{job.name}: its facts are of `{source_of(plan)}`, and corpora pins {', '.join(pinned)}"
+                )
             require(claimed(plan))
         baseline = self._costs(self.experiment.baseline)
         found = {}
@@ -131,6 +145,14 @@ class Jobs:
             found[name] = axis
         return found
 
+    def flops_by_kind(self, arm: str) -> dict[str, float]:
+        """FLOPs per token of an arm, forward and backward, by kind of block."""
+        found: dict[str, float] = self._cost(arm).as_dict()["flops_per_token"]["by_kind"]
+        return found
+
     def _costs(self, arm: str) -> Any:
+        return self._cost(arm).exact_axes()["flops"]
+
+    def _cost(self, arm: str) -> CostReport:
         plan = self._job(arm, arm).plan()
-        return estimate(plan.model, seq_len=report_seq_len(plan), devices=()).exact_axes()["flops"]
+        return estimate(plan.model, seq_len=report_seq_len(plan), devices=())

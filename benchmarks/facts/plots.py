@@ -1,8 +1,8 @@
 """Pictures of an experiment, the same to the byte for the same numbers."""
 
+import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -25,13 +25,8 @@ MAX_TICKS, MAX_INSIDE = 8, 5
 Point = tuple[float, float]
 
 
-def draw(
-    figure: Figure,
-    lines: Mapping[str, Sequence[Point]],
-    law: Law | None,
-    path: Path,
-) -> None:
-    """Means over seeds with their 95% intervals, joined line by line; of the rows of runs, those of the last."""
+def draw(figure: Figure, lines: Mapping[str, Sequence[Point]], law: Law | None) -> str:
+    """Means over seeds with their 95% intervals, joined line by line, as SVG; of rows of runs, those of the last."""
     settings = {"svg.hashsalt": "memforge", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
@@ -64,7 +59,7 @@ def draw(
             ends[name] = found[last].mean
         x_of_all = sorted({x for points in lines.values() for x, _ in points})
         if law is not None:
-            x_law = np.geomspace(max(x_of_all[0], 1e-9), x_of_all[-1], 200)
+            x_law = np.geomspace(x_of_all[0], x_of_all[-1], 200)
             axes.plot(x_law, law.at(x_law), color="#888888", linestyle="--", linewidth=1, label="fitted law")
         if figure.log_x:
             axes.set_xscale("log", base=10)
@@ -88,7 +83,9 @@ def draw(
             )
         elif len(lines) > 1 or figure.lines or law is not None:
             axes.legend(frameon=False, fontsize=8)
-        canvas.savefig(path, format="svg", metadata={"Date": None})
+        drawn = io.StringIO()
+        canvas.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
 
 
 def reached(found: Estimate, share: bool) -> Point:

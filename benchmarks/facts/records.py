@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,13 +64,18 @@ class Record(BaseModel):
 
 
 def _recalled_bits(record: Record) -> float | None:
-    """Bits of the answers that the model gives whole, asked for in phrasings that their facts were not trained in, less
-    what it gives of facts that it was never trained on: by their names and by luck.
+    """The facts that the model answers whole beyond those it was never trained on, at the bits that an answer has in
+    the mean.
     """
+    share = _net_recall(record)
+    return None if share is None else share * float(record.data["answer_bits"]) * float(record.data["facts"])
+
+
+def _net_recall(record: Record) -> float | None:
+    """What of the facts the model answers, less what it answers of facts it was never trained on: by names and luck."""
     if "recall" not in record.final:
         return None
-    share = record.final["recall"] - record.final.get("recall.unseen", 0.0)
-    return share * float(record.data["answer_bits"]) * float(record.data["facts"])
+    return record.final["recall"] - record.final.get("recall.unseen", 0.0)
 
 
 def _foretold_bits(record: Record) -> float | None:
@@ -94,6 +99,12 @@ def _usage(record: Record, measure: str) -> float | None:
     return fmean(found) if found else None
 
 
+def _effective_slots(record: Record) -> float | None:
+    """As many slots read alike would have the entropy that reads have, in the mean over layers."""
+    found = [math.exp(layer["entropy"]) for layer in record.usage.values()]
+    return fmean(found) if found else None
+
+
 DERIVED: dict[str, Callable[[Record], float | None]] = {
     "train_flops": lambda record: record.flops_per_token * record.tokens,
     "recalled_bits": _recalled_bits,
@@ -102,11 +113,17 @@ DERIVED: dict[str, Callable[[Record], float | None]] = {
     "bits_per_tflop": lambda record: _bits_per(record, record.flops_per_token * record.tokens / 1e12),
     "slots_used": lambda record: _usage(record, "slots_used"),
     "slots_ever": lambda record: _usage(record, "slots_ever"),
+    "slots_top_1pct": lambda record: _usage(record, "top_1pct"),
+    "slots_effective": _effective_slots,
+    "slots_per_fact": lambda record: record.slots / float(record.data["facts"]) if record.slots else None,
+    "net_recall": _net_recall,
 }
 
 
 def record_of(job: Job, run: Run, made: dict[str, Any]) -> Record:
-    """The record of a run that has ended."""
+    """The record of a run that has ended. Its fingerprint is that of what was trained: where a spec has changed since
+    it was read for the job, the record is not of the job.
+    """
     plan, summary = run.plan, run.summary
     assert summary is not None
     assert plan.run.train is not None
@@ -125,7 +142,7 @@ def record_of(job: Job, run: Run, made: dict[str, Any]) -> Record:
     return Record(
         name=job.name,
         arm=job.arm,
-        fingerprint=job.fingerprint,
+        fingerprint=job.fingerprint_of(plan),
         model_hash=plan.model.model_hash,
         settings=dict(job.settings),
         ended=str(summary.ended),
@@ -169,14 +186,21 @@ class Records:
         return self.directory / f"{name}.json"
 
     def read(self, job: Job) -> Record | None:
-        """The record of a job, None if it has none. Raises StaleError for another job's."""
+        """The record of a job, None if it has none. Raises StaleError for another job's, StorageError for a damaged
+        one.
+        """
         path = self.path(job.name)
         if not path.exists():
             return None
         record = read_record(path)
         if (record.name, record.arm, record.fingerprint) != (job.name, job.arm, job.fingerprint):
-            raise StaleError(job.name)
+            raise StaleError(changed(record, job))
         return record
+
+    def all(self) -> Iterator[Record]:
+        """Every record that there is. Raises StorageError for a damaged one."""
+        for path in sorted(self.directory.glob("*.json")):
+            yield read_record(path)
 
     def write(self, record: Record) -> None:
         with storage_errors(self.directory):
@@ -185,7 +209,19 @@ class Records:
 
 
 class StaleError(Exception):
-    """What has the name of a job was made of another arm, or by hand."""
+    """What has the name of a job was made of another arm, or by hand: says what differs."""
+
+
+def changed(record: Record, job: Job) -> str:
+    """What a record has that the job of its name has not."""
+    for key in sorted(record.settings.keys() | job.settings.keys()):
+        if (was := record.settings.get(key)) != (now := job.settings.get(key)):
+            return f"{key} was {was} and is {now}"
+    if (was := record.made.get("threads")) != job.threads:
+        return f"threads were {was} and are {job.threads}"
+    if record.model_hash != job.plan().model.model_hash:
+        return "another model"
+    return "other facts, or other settings in its spec"
 
 
 def read_record(path: Path) -> Record:

@@ -1,85 +1,96 @@
 """The page of an experiment: answers first, then every number they are made of. Nothing here knows an arm by name."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.facts.answers import Answer, differences, priced, prices, questions
+from benchmarks.facts.answers import answers_of, differences, priced, prices, questions
 from benchmarks.facts.experiment import Ablation, Experiment, Figure, Study, Value
 from benchmarks.facts.found import Found, over, scores_of
-from benchmarks.facts.jobs import Jobs
+from benchmarks.facts.jobs import Jobs, source_of
 from benchmarks.facts.plots import Point, draw
 from benchmarks.facts.records import Record
 from benchmarks.facts.runner import State
 from benchmarks.facts.shown import change, name_of, number, shown, table, told_settings, told_value
-from benchmarks.facts.statistics import Law, difference, law_of, line_of, spread_of
+from benchmarks.facts.statistics import Law, difference, law_of, spread_of
 from memforge.report.cost import si
 from memforge.storage import replace_file
 
 PAGE = "report.md"
 
 
-def write(experiment: Experiment, jobs: Jobs, now: State, out: Path) -> None:
-    """Write the page and its pictures into `out`."""
+def write(jobs: Jobs, now: State, out: Path) -> None:
+    """Write the page and its pictures into `out`, and delete what pictures it has no more."""
+    pictures: dict[str, str] = {}
+    text = page(Found(jobs, now), pictures)
     out.mkdir(parents=True, exist_ok=True)
-    found = Found(experiment, jobs, now)
-    # Pictures of what was found before, which the page may no longer have.
-    for name in experiment.figure:
-        (out / f"{name}.svg").unlink(missing_ok=True)
-    replace_file(out / PAGE, page(found, out))
+    for name, drawn in pictures.items():
+        replace_file(out / name, drawn)
+    replace_file(out / PAGE, text)
+    for path in out.glob("*.svg"):
+        if path.name not in pictures:
+            path.unlink()
 
 
-def page(found: Found, out: Path) -> str:
+def page(found: Found, pictures: dict[str, str]) -> str:
+    """The page; the SVG of each picture that it shows is put into `pictures` by the name of its file."""
     experiment, now = found.experiment, found.now
     left = len(now.left) + now.waiting
     parts = [f"# {experiment.title}", "", "Written by `python -m benchmarks.facts`. Do not edit.", ""]
     if left:
         parts += [f"**Not finished: {len(now.done)} runs are done, {left} are left.**", ""]
-    answers = [answer for question in experiment.question if (answer := Answer.of(found, question)) is not None]
+    parts += [experiment.about, ""] if experiment.about else []
+    answers = answers_of(found)
     parts += differences(found, answers)
     parts += in_brief(found, "## In brief", "")
     parts += questions(answers)
     parts += priced(found)
     parts += arms(found)
     for name in experiment.study:
-        parts += studied(found, name, out)
+        parts += studied(found, name, pictures)
     parts += [*searched(found), *noted(experiment), *data(found), *made(found)]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def arms(found: Found) -> list[str]:
     """What each arm is by the ledger, and the settings that the search chose for it."""
-    firsts: dict[str, Record] = {}
+    groups: dict[str, list[Record]] = defaultdict(list)
     for name in found.experiment.study:
         for _, _, record in found.study(name):
-            firsts.setdefault(record.arm, record)
-    if not firsts:
+            groups[record.arm].append(record)
+    if not groups:
         return []
     base = found.baseline()
     rows = [
         [
             found.label(arm),
-            si(record.params),
-            si(record.active_params),
-            f"{record.slots:,}" if record.slots else "",
-            si(round(record.flops_per_token)),
-            *in_those_of(record, base),
+            si(records[0].params),
+            si(records[0].active_params),
+            f"{records[0].slots:,}" if records[0].slots else "",
+            si(round(records[0].flops_per_token)),
+            *in_those_of(records, base),
+            without_head(found, arm),
             told_settings(found.experiment.arm[arm].set | found.now.chosen[found.jobs.tuned_as(arm)])
             + told_edges(found, found.jobs.tuned_as(arm)),
         ]
-        for arm, record in firsts.items()
+        for arm, records in groups.items()
     ]
-    head = ["arm", "params", "active", "slots", "FLOPs per token", *COSTS, "set for it"]
+    head = ["arm", "params", "active", "slots", "FLOPs per token", *COSTS, "without the head", "set for it"]
     common = told_settings(found.experiment.set)
     note = (
-        "FLOPs are forward and backward. Of the scores that choose slots only the chosen have a gradient, so that arms "
-        "with many of them cost more than a third of it forward. Bits recalled, below, are those of the answers that "
-        "are right to the last token, in phrasings held out, less what is right of facts never trained; bits by NLL "
-        "what all answers take by their frequencies alone, less what they take by the model."
+        "FLOPs are those of the products that a token takes, forward and backward, by the ledger. What the "
+        "optimizer and traffic of memory take is in the time alone: that of a step on one thread, beside another "
+        "training. Backward skips slots that were not chosen, so that arms with many of them spend more than a "
+        "third of their FLOPs forward. The head is the larger a part, the narrower a model; without it there are "
+        "the FLOPs of the layers alone. Bits recalled, below, are the facts answered to the last token in phrasings "
+        "held out, less as many as are right of facts never trained, at the bits of a mean answer, of which "
+        "frequent families have fewer. Bits by NLL are what all answers take by their frequencies alone, less what "
+        "they take by the model."
     )
-    given = [found.experiment.arm[arm] for arm in firsts]
+    given = [found.experiment.arm[arm] for arm in groups]
     notes = [f"{arm.label}: {arm.note}" for arm in given if arm.note]
     return [
         "## Arms",
@@ -90,6 +101,15 @@ def arms(found: Found) -> list[str]:
         " ".join([note, *notes]),
         "",
     ]
+
+
+def without_head(found: Found, arm: str) -> str:
+    """The FLOPs of an arm but for its output head, in those of the baseline."""
+    ours, theirs = (
+        sum(found.jobs.flops_by_kind(name).values()) - found.jobs.flops_by_kind(name)["head"]
+        for name in (arm, found.experiment.baseline)
+    )
+    return f"{ours / theirs:.3f}"
 
 
 # What decides a training and that no arm need set.
@@ -108,24 +128,28 @@ def defaults(found: Found) -> str:
 
 # The measures in the table of a study.
 COLUMNS = (
-    "recall", "recall.rare", "recall.unseen", "held_out_loss", "foretold_bits", "recalled_bits", "bits_per_param",
-    "bits_per_tflop", "slots_used", "slots_ever",
+    "recall", "recall.rare", "recall.unseen", "net_recall", "held_out_loss", "foretold_bits", "recalled_bits",
+    "bits_per_param", "bits_per_tflop", "slots_per_fact", "slots_used", "slots_ever", "slots_effective",
+    "slots_top_1pct",
 )  # fmt: skip
 # What an arm costs of what the baseline does.
-COSTS = ("FLOPs", "forward alone")
+COSTS = ("FLOPs", "forward alone", "time")
 
 
-def in_those_of(record: Record, base: Record | None) -> tuple[str, str]:
-    """What a run costs per token of what the baseline does; nothing while that is not there."""
-    if base is None:
-        return "", ""
+def in_those_of(records: Sequence[Record], base: Sequence[Record]) -> tuple[str, ...]:
+    """What runs cost per token of what those of the baseline do; nothing while these are not there."""
+    if not base:
+        return ("",) * len(COSTS)
+    # What else the machine does only adds to a time.
+    times = [min(run.made["seconds"] / run.steps for run in runs) for runs in (records, base)]
     return (
-        f"{record.flops_per_token / base.flops_per_token:.3f}",
-        f"{record.forward_flops_per_token / base.forward_flops_per_token:.3f}",
+        f"{records[0].flops_per_token / base[0].flops_per_token:.3f}",
+        f"{records[0].forward_flops_per_token / base[0].forward_flops_per_token:.3f}",
+        f"{times[0] / times[1]:.2f}",
     )
 
 
-def studied(found: Found, name: str, out: Path) -> list[str]:
+def studied(found: Found, name: str, pictures: dict[str, str]) -> list[str]:
     """All that is shown of a study: what it has of an ablation, its scores, its pictures."""
     experiment = found.experiment
     if not (rows := scores(found, name, experiment.study[name])):
@@ -135,7 +159,7 @@ def studied(found: Found, name: str, out: Path) -> list[str]:
         parts += ablated(found, ablation) if ablation.study == name else []
     parts += rows
     for path, figure in experiment.figure.items():
-        parts += pictured(found, path, figure, out) if figure.study == name else []
+        parts += pictured(found, path, figure, pictures) if figure.study == name else []
     return parts
 
 
@@ -150,7 +174,7 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
     if not groups:
         return []
     varied = [name_of(key) for key in study.vary]
-    head = ["arm", *varied, "params", "FLOPs per token", "tokens", "exposures per fact", "seeds"]
+    head = ["arm", *varied, *FRAME, "seeds"]
     rows = []
     for (arm, at), records in groups.items():
         first = records[0]
@@ -159,13 +183,25 @@ def scores(found: Found, name: str, study: Study) -> list[str]:
         diverged = sum(record.ended != "done" for record in records)
         count = f"{len(records)}, {diverged} of them diverged" if diverged else str(len(records))
         rows.append([*cells, count, *(over(records, measure) for measure in COLUMNS)])
+    rows, alike = without_alike(head, rows)
     guesses = {at: best_guess(records) for at, records in at_point.items()}
     if len(set(guesses.values())) == 1:  # what is varied is not the facts
         guesses = {(): next(iter(guesses.values()))}
     for at, (guess, score) in guesses.items():
         cells = [f"no model: {guess}", *(told_value(value) for _, value in at)]
         rows.append([*cells, *[""] * (len(head) - len(cells)), score, *[""] * (len(COLUMNS) - 1)])
-    return [*table([*head, *map(name_of, COLUMNS)], rows), *spread(found, study, groups)]
+    return [*alike, *table([*head, *map(name_of, COLUMNS)], rows), *spread(found, study, groups)]
+
+
+# What runs of a study may have in common.
+FRAME = ("params", "FLOPs per token", "tokens", "exposures per fact")
+
+
+def without_alike(head: list[str], rows: list[list[str]]) -> tuple[list[list[str]], list[str]]:
+    """Rows with nothing where all of them say the same, which `table` leaves out, and the line that says it for all."""
+    alike = [i for i, name in enumerate(head) if name in FRAME and len(rows) > 1 and len({row[i] for row in rows}) == 1]
+    kept = [["" if i in alike else cell for i, cell in enumerate(row)] for row in rows]
+    return kept, ([f"All: {', '.join(f'{head[i]} {rows[0][i]}' for i in alike)}.", ""] if alike else [])
 
 
 def best_guess(records: list[Record]) -> tuple[str, str]:
@@ -203,19 +239,19 @@ def in_brief(found: Found, *before: str) -> list[str]:
         [
             found.label(arm),
             si(records[0].params),
-            *in_those_of(records[0], base),
+            *in_those_of(records, base),
             *(over(records, measure) for measure in measures),
             str(worths.get(arm, "")),
         ]
         for arm, records in groups.items()
     ]
     guess, score = best_guess([record for records in groups.values() for record in records])
-    rows.append([f"no model: {guess}", "", "", "", score, "", "", ""])
+    rows.append([f"no model: {guess}", "", *[""] * len(COSTS), score, "", "", ""])
     head = ["arm", "params", *COSTS, *map(name_of, measures), f"{worth.title}, times its FLOPs" if worth else ""]
     return [*before, *table(head, rows)]
 
 
-def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
+def pictured(found: Found, name: str, figure: Figure, pictures: dict[str, str]) -> list[str]:
     """A picture of a study, and the law through it."""
     lines: dict[str, list[Point]] = defaultdict(list)
     seeds: dict[int, dict[float, float]] = defaultdict(dict)
@@ -236,8 +272,9 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
     if figure.law != "none":
         floor = scores_of(found.as_tuned.get(figure.floor, []), figure.y) if figure.floor else {}
         law = law_of(seeds, fmean(floor.values()) if floor else 0.0)
-    draw(figure, lines, law, out / f"{name}.svg")
-    text = [f"### {figure.title}", "", f"![{figure.title}]({name}.svg)", ""]
+    file = f"{name}.svg"
+    pictures[file] = draw(figure, lines, law)
+    text = [f"### {figure.title}", "", f"![{figure.title}]({file})", ""]
     if figure.note:
         text += [figure.note, ""]
     if figure.law != "none":
@@ -248,20 +285,17 @@ def pictured(found: Found, name: str, figure: Figure, out: Path) -> list[str]:
 
 
 def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
-    """What more x adds to a share, from one x to the next and by doubling over all of it."""
-    line, x = line_of(seeds), sorted({x for of_seed in seeds.values() for x in of_seed})
-    if line is None:
-        return []
-    steps = []
+    """What more x adds to a share, from one x to the next."""
+    x, steps = sorted({x for of_seed in seeds.values() for x in of_seed}), []
     for low, high in pairwise(x):
         before, after = ({seed: y[at] for seed, y in seeds.items() if at in y} for at in (low, high))
         if before.keys() & after.keys():
             gained = change(figure.y, difference(after, before))
             steps.append(f"{shown(figure.x, low)} to {shown(figure.x, high)} {gained}")
+    if not steps:
+        return []
     return [
-        f"Points of {name_of(figure.y)} from one number of {name_of(figure.x)} to the next: {', '.join(steps)}. By a "
-        f"line through each seed a doubling adds {change(figure.y, line.gain)} (root mean square of the residuals "
-        f"{line.residual:.4f}).",
+        f"Points of {name_of(figure.y)} from one number of {name_of(figure.x)} to the next: {', '.join(steps)}.",
         "",
     ]
 
@@ -269,7 +303,7 @@ def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
 def told(law: Law, figure: Figure) -> str:
     """The law in words: its three numbers with their intervals, and where it stops."""
     x, y, stops = name_of(figure.x), name_of(figure.y), law.stops_at
-    on = "within the points it does not stop short of all there is"
+    on = "the points do not show it stop short of all there is"
     end = on if stops is None else f"90% of the way is made at {number(stops)} {x}"
     formula = f"{law.floor:.3f} + {law.top - law.floor:.3f} / (1 + ({number(law.half)} / {x})^{law.slope:.2f})"
     text = f"Fitted: {y} = {formula}, root mean square of the residuals {law.residual:.4f}; {end}."
@@ -289,7 +323,7 @@ def ablated(found: Found, ablation: Ablation) -> list[str]:
             found.label(arm),
             over(records[arm], "recall"),
             over(records[arm], "held_out_loss"),
-            *in_those_of(records[arm][0], base),
+            *in_those_of(records[arm], base),
             str(len(records[arm])),
             paper,
         ]
@@ -323,8 +357,8 @@ def searched(found: Found) -> list[str]:
     return [
         "## Search",
         "",
-        f"{search.trials} trials for every arm, but for what they try: {common}, seed {search.seed}. Chosen by "
-        f"{name_of(search.measure)}, the {search.best}.",
+        f"{search.trials} trials for every arm that is tuned, with, but for what they try, {common}, seed "
+        f"{search.seed}. Chosen by {name_of(search.measure)}, the {search.best}.",
         "",
         *table(["arm", "tried", "recall", "NLL", ""], rows),
     ]
@@ -349,25 +383,22 @@ def told_edges(found: Found, arm: str) -> str:
 
 def data(found: Found) -> list[str]:
     """The facts of each seed and count, and what scores without a model."""
-    seen = {}
-    for record in found.now.done.values():
-        about = record.data
-        seen[str(about["corpus_sha256"])] = [
-            str(record.settings.get("data.source", "")),
-            f"{about['facts']:,}",
-            str(record.settings["train.seed"]),
-            f"{about['tokens_per_epoch']:,}",
-            f"{about['answer_bits']:.2f}",
-            *(f"{100 * value:.2f}%" for value in record.baselines.values()),
-            f"`{str(about['corpus_sha256'])[:16]}`",
+    records = {(source_of(job.plan()), job.name): found.now.done[job.name] for job in found.all_done()}
+    names = sorted({name for record in records.values() for name in record.baselines})
+    rows = {
+        (source, int(record.data["facts"]), record.seed): [
+            f"{record.data['tokens_per_epoch']:,}",
+            f"{record.data['answer_bits']:.2f}",
+            *(f"{100 * record.baselines[name]:.2f}%" if name in record.baselines else "" for name in names),
+            f"`{str(record.data['corpus_sha256'])[:16]}`",
         ]
-    if not seen:
+        for (source, _), record in records.items()
+    }
+    if not rows:
         return []
-    names = max((record.baselines for record in found.now.done.values()), key=len)
-    width = 5 + len(names) + 1
-    rows = sorted((row[:-1] + [""] * (width - len(row)) + row[-1:] for row in seen.values()), key=lambda row: row[:3])
     head = ["source", "facts", "seed", "tokens of an epoch", "bits of an answer", *(n.replace("_", " ") for n in names)]
-    return ["## Facts", "", "Scores that need no model, in percent of answers:", "", *table([*head, "SHA-256"], rows)]
+    told = [[source, f"{facts:,}", str(seed), *row] for (source, facts, seed), row in sorted(rows.items())]
+    return ["## Facts", "", "Scores that need no model, in percent of answers:", "", *table([*head, "SHA-256"], told)]
 
 
 def made(found: Found) -> list[str]:

@@ -1,15 +1,17 @@
 """Runs the jobs of an experiment through `memforge train`, some at a time, as far as the time goes."""
 
 import fcntl
+import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,16 +22,16 @@ from typing import Any
 
 from benchmarks.facts.experiment import Experiment, Settings
 from benchmarks.facts.jobs import Job, Jobs
-from benchmarks.facts.records import Record, Records, StaleError, record_of
-from memforge.errors import CheckFailedError, InterruptedRunError, MemforgeError, StorageError, UsageError
+from benchmarks.facts.records import Record, Records, StaleError, changed, record_of
+from memforge.errors import CheckFailedError, InterruptedRunError, MemforgeError, NonFiniteError, UsageError
 from memforge.machine import cpu_name
-from memforge.plan import read_plan
 from memforge.report.console import plain
 from memforge.report.run import read_run
+from memforge.storage import json_text, replace_file
 
 TRAIN = [sys.executable, "-m", "memforge", "train"]
-NON_FINITE = 5
 SECONDS_BETWEEN_LOOKS = 0.2
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class TrainingFailedError(MemforgeError):
@@ -68,15 +70,15 @@ class State:
 
 def state(jobs: Jobs, records: Records) -> State:
     """Where an experiment stands. Raises CheckFailedError naming every record that was made of another arm."""
-    done, left, stale = dict[str, Record](), dict[str, Job](), list[str]()
+    done, left, stale = dict[str, Record](), dict[str, Job](), dict[str, str]()
 
     def look(job: Job) -> Record | None:
         if job.name in done:
             return done[job.name]
         try:
             record = records.read(job)
-        except StaleError:
-            stale.append(job.name)
+        except StaleError as error:
+            stale[job.name] = str(error)
             return None
         if record is None:
             left[job.name] = job
@@ -94,21 +96,47 @@ def state(jobs: Jobs, records: Records) -> State:
     # What a search has yet to choose is not in a name, so that studies may come to share more of these.
     untuned = {arm: Settings() for arm in jobs.tuned_arms() if arm not in chosen}
     waiting = len({job.name for name in jobs.experiment.study for _, _, job in jobs.of_study(name, untuned)})
+    if untuned:
+        stale |= stale_of(jobs, records, untuned)
     if stale:
-        files = " ".join(str(records.path(name)) for name in sorted(set(stale)))
+        by_change = defaultdict(list)
+        for name, change in sorted(stale.items()):
+            by_change[change].append(name)
+        told = "; ".join(f"{', '.join(names)}: {change}" for change, names in by_change.items())
+        files = shlex.join(str(records.path(name)) for name in sorted(stale))
         raise CheckFailedError(
-            f"{len(set(stale))} finished runs are of an arm or settings that have changed since: "
-            f"{', '.join(sorted(set(stale)))}; undo the change, or delete them to have them made again: rm {files}"
+            f"{len(stale)} finished runs are of an arm or settings that have changed since: {told}; undo the change, "
+            f"or delete them to have them made again: rm {files}"
         )
     return State(done, list(left.values()), chosen, waiting)
 
 
+def stale_of(jobs: Jobs, records: Records, untuned: Container[str]) -> dict[str, str]:
+    """What has changed, by name, since runs of studies were made of arms whose search is not whole any more. They say
+    themselves what it had chosen.
+    """
+    found = {}
+    for record in records.all():
+        arm = jobs.experiment.arm.get(record.arm)
+        if arm is None or (tuned := arm.tuned_as or record.arm) not in untuned:
+            continue
+        searched = jobs.experiment.arm[tuned].searched & record.settings.keys()
+        for job in jobs.all({tuned: {key: record.settings[key] for key in searched}}):
+            if job.name == record.name and job.fingerprint != record.fingerprint:
+                found[job.name] = changed(record, job)
+    return found
+
+
 def best(experiment: Experiment, arm: str, found: list[Record]) -> Settings:
-    """The trial that the search chooses: of those that have its measure, the one with most or least of it."""
+    """The trial that the search chooses: of those that have its measure, the one with most or least of it. Raises
+    CheckFailedError where all have diverged.
+    """
     measured = [(record.figure(experiment.search.measure), i) for i, record in enumerate(found)]
     sound = [(value, i) for value, i in measured if value is not None]
     if not sound:
-        raise CheckFailedError(f"arm.{arm}: no trial of its search has a {experiment.search.measure}")
+        raise CheckFailedError(
+            f"arm.{arm}: no trial of its search has a {experiment.search.measure}: all have diverged; give it others"
+        )
     sign = 1 if experiment.search.best == "least" else -1
     _, chosen = min((sign * value, i) for value, i in sound)
     return experiment.arm[arm].trials()[chosen]
@@ -120,24 +148,33 @@ def only_one(*directories: Path) -> Iterator[None]:
     with ExitStack() as stack:
         for directory in directories:
             directory.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((directory / ".lock").open("w"))
+            file = stack.enter_context((directory / ".lock").open("a+"))
             os.set_inheritable(file.fileno(), True)  # a training that outlives this process holds it too
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UsageError(f"{directory}: another process runs this experiment") from None
+                file.seek(0)
+                raise UsageError(
+                    f"{directory}: another process runs this experiment: {file.read()}, or trainings that it has left, "
+                    "which end by themselves"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 
 @dataclass(frozen=True)
 class Training:
-    """A job under way: where it trains and what it says go, how busy the machine was before it, and by what code."""
+    """A job under way: where it trains and what it says go, how busy the machine was before it, and by what code, one
+    commit for each it was gone on with.
+    """
 
     job: Job
     out: Path
     log: Path
     load: float
-    commit: str
+    commits: list[str]
 
 
 @dataclass
@@ -155,6 +192,9 @@ class Runner:
 
     def minutes_left(self) -> float | None:
         return None if self.minutes is None else self.minutes - (time.monotonic() - self.started) / 60
+
+    def time_is_over(self) -> bool:
+        return (left := self.minutes_left()) is not None and left <= 0
 
     def run(self) -> State:
         """Every job that is left, until the time is over; where the experiment stands then."""
@@ -174,12 +214,13 @@ class Runner:
 
         Raises TrainingFailedError where a record cannot be made.
         """
-        over = False
+        over = False  # or one has stopped for it
         with Processes(self.jobs.experiment.threads) as processes:
             under_way: dict[str, Training] = {}
             while True:
                 how_far, jobs = left()
-                over = over or ((minutes := self.minutes_left()) is not None and minutes <= 0)
+                processes.require_going()
+                over = over or self.time_is_over()
                 free = 0 if over else self.at_once - len(under_way)
                 for job in [job for job in jobs if job.name not in under_way][:free]:
                     plain(f"[{how_far}] {job.name}", stderr=True)
@@ -195,24 +236,32 @@ class Runner:
                     self.forget(training.job)
 
     def start(self, job: Job, processes: "Processes") -> Training:
-        """Begin a training, or go on with it."""
-        out, log = self.scratch / job.name, self.scratch / f"{job.name}.log"
-        training = Training(job, out, log, os.getloadavg()[0], commit_of(self.jobs.directory))
-        command = [*TRAIN, str(job.spec), "--out", str(training.out), "--overwrite"]
-        command += [word for text in job.overrides for word in ("--set", text)]
-        if self._is_begun(training.out, job):
-            command = [*TRAIN, str(training.out), "--resume", "auto"]
+        """Begin a training, or go on with what was begun of this very job with this processor and these packages."""
+        out, log, note = self.left_by(job)
+        ours, commits = {"fingerprint": job.fingerprint, **environment()}, [commit_of(self.jobs.directory)]
+        begun = read_note(note)
+        if begun.get("with") == ours and any(out.glob("step-*")):
+            commits = list(dict.fromkeys([*begun["commits"], *commits]))
+            command = [*TRAIN, str(out), "--resume", "auto"]
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+            command = [*TRAIN, str(job.spec), "--out", str(out)]
+            command += [word for text in job.overrides for word in ("--set", text)]
+        replace_file(note, json_text({"with": ours, "commits": commits}))
         if (left := self.minutes_left()) is not None:
             command += ["--max-minutes", f"{max(left, 0.1):.2f}"]
-        processes.start(job.name, command, training.log)
-        return training
+        load = os.getloadavg()[0]
+        processes.start(job.name, command, log)
+        return Training(job, out, log, load, commits)
 
     def record(self, training: Training, code: int) -> Record | None:
-        """That of a training that has ended; None if its time was over before."""
+        """That of a training that has ended; None if its time was over before. Raises TrainingFailedError where there
+        is none.
+        """
         job, out, log = training.job, training.out, training.log
-        if code not in (0, NON_FINITE) or not (out / "summary.json").exists():
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise TrainingFailedError(f"{job.name}: memforge train ended with {code}: {''.join(last)} (see {log})")
+        if code not in (0, NonFiniteError.exit_code) or not (out / "summary.json").exists():
+            said = [line for line in log.read_text(errors="replace").splitlines() if line[:1].strip()]
+            raise TrainingFailedError(f"{job.name}: memforge train ended with {code}: {''.join(said[-1:])} (see {log})")
         run = read_run(out)
         assert run.summary is not None
         if run.summary.ended == "budget":
@@ -226,25 +275,31 @@ class Runner:
             "threads": self.jobs.experiment.threads,
             "at_once": self.at_once,
             "load": round(training.load, 2),
-            "seconds": round(seconds, 1),
-            "commit": training.commit,
+            "seconds": round(seconds, 3),
+            "commit": ", ".join(training.commits),
             "date": datetime.now(UTC).date().isoformat(),
             **environment(),
         }
 
+    def left_by(self, job: Job) -> tuple[Path, Path, Path]:
+        """Where a training of a job leaves its run, what it says, and what it was begun with."""
+        return self.scratch / job.name, self.scratch / f"{job.name}.log", self.scratch / f"{job.name}.json"
+
     def forget(self, job: Job) -> None:
         """Delete what a training has left, once there is a record of it."""
-        shutil.rmtree(self.scratch / job.name, ignore_errors=True)
-        (self.scratch / f"{job.name}.log").unlink(missing_ok=True)
+        out, *files = self.left_by(job)
+        shutil.rmtree(out, ignore_errors=True)
+        for file in files:
+            file.unlink(missing_ok=True)
 
-    @staticmethod
-    def _is_begun(out: Path, job: Job) -> bool:
-        """Whether a directory holds a checkpoint of this very job; of another, it is left over from before a change."""
-        try:
-            same = read_plan(out / "plan.json") == job.plan()
-        except StorageError:
-            return False
-        return same and any(out.glob("step-*"))
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What a training was begun with; nothing where that is not known."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Processes:
@@ -256,20 +311,29 @@ class Processes:
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.received: list[int] = []
+        self._passed_on = 0
 
     def __enter__(self) -> "Processes":
-        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What is ignored stays so, as under nohup.
         self._before = {
-            number: signal.signal(number, lambda number, _: self.received.append(number)) for number in stops
+            number: signal.signal(number, lambda number, _: self.received.append(number))
+            for number in STOPS
+            if signal.getsignal(number) != signal.SIG_IGN
         }
         return self
 
     def __exit__(self, *_: object) -> None:
         self._tell(signal.SIGTERM)
-        for process in self.running.values():
-            process.wait()
+        while any(process.poll() is None for process in self.running.values()):
+            self._pass_on()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def require_going(self) -> None:
+        """Raises InterruptedRunError if this process was told to stop."""
+        if self.received:
+            raise InterruptedRunError("interrupted; the same command goes on", self.received[0])
 
     def start(self, name: str, command: list[str], log: Path) -> None:
         """Run a command, with what it says added to a file."""
@@ -283,17 +347,20 @@ class Processes:
         """Wait for the next that ends: its name and its exit code. Raises InterruptedRunError, once all have ended, if
         this process is told to stop.
         """
-        names, told = ", ".join(self.running), 0
+        names = ", ".join(self.running)
         while True:
-            for number in self.received[told:]:
-                self._tell(number)
-                told += 1
+            self._pass_on()
             ended = [name for name, process in self.running.items() if process.poll() is not None]
-            if told and len(ended) == len(self.running):
+            if self._passed_on and len(ended) == len(self.running):
                 raise InterruptedRunError(f"{names}: interrupted; the same command goes on with them", self.received[0])
-            if ended and not told:
+            if ended and not self._passed_on:
                 return ended[0], self.running.pop(ended[0]).returncode
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _pass_on(self) -> None:
+        for number in self.received[self._passed_on :]:
+            self._tell(number)
+            self._passed_on += 1
 
     def _tell(self, number: int) -> None:
         for process in self.running.values():

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.facts.experiment import SHARES, Settings, Value
+from benchmarks.facts.experiment import Settings, Value
 from benchmarks.facts.statistics import Estimate
 from memforge.report.cost import si
 
@@ -20,12 +20,16 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "held_out_loss.rare": ("NLL, rare phrasings", lambda value: f"{value:.3f}"),
     "recall.unseen": ("recall, facts never trained", percent),
     "held_out_loss.unseen": ("NLL, facts never trained", lambda value: f"{value:.3f}"),
+    "net_recall": ("recall beyond what names give", percent),
     "recalled_bits": ("bits recalled", lambda value: si(round(value))),
     "foretold_bits": ("bits by NLL", lambda value: si(round(value))),
     "bits_per_param": ("bits recalled per parameter", lambda value: f"{value:.4f}"),
     "bits_per_tflop": ("bits recalled per training TFLOP", lambda value: f"{value:,.0f}"),
     "slots_ever": ("slots ever read", percent),
     "slots_used": ("slots used", percent),
+    "slots_top_1pct": ("reads that go to 1% of the slots", percent),
+    "slots_effective": ("effective slots", lambda value: si(round(value))),
+    "slots_per_fact": ("slots per fact", lambda value: f"{value:.2g}"),
     "flops_per_token": ("FLOPs per token", lambda value: si(round(value))),
     "tokens": ("tokens", lambda value: si(round(value))),
     "train_flops": ("training FLOPs", lambda value: si(round(value))),
@@ -60,7 +64,7 @@ def change(measure: str, found: Estimate) -> str:
     """A difference and its interval: of shares in percentage points, of losses as they are."""
 
     def told(value: float) -> str:
-        if measure in SHARES:
+        if is_share(measure):
             return points(value)
         return "?" if math.isnan(value) else f"{value:+.3f}"
 

@@ -1,4 +1,4 @@
-"""Means with intervals, paired differences, and the law that recall follows over the number of slots."""
+"""Means with intervals, paired differences, and the law that a share follows over the number of slots."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +25,14 @@ class Estimate:
     def known(self) -> bool:
         return self.count > 1
 
+    @property
+    def p_value(self) -> float:
+        """Of no difference from 0, two-sided. Of one seed it is 1."""
+        if not self.known:
+            return 1.0
+        error = (self.high - self.mean) / float(stats.t.ppf((1 + CONFIDENCE) / 2, self.count - 1))
+        return 2 * float(stats.t.sf(abs(self.mean) / error, self.count - 1)) if error else float(self.mean == 0)
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     mean, count = float(np.mean(values)), len(values)
@@ -38,6 +46,17 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Estimate:
     """Of two arms, seed by seed: the same facts and order of data on both sides."""
     shared = sorted(ours.keys() & theirs.keys())
     return estimate([ours[seed] - theirs[seed] for seed in shared])
+
+
+def holm(p_values: Sequence[float]) -> list[bool]:
+    """Which of several p-values, tested together, are below 5% by Holm's correction."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    kept = [False] * len(p_values)
+    for rank, i in enumerate(order):
+        if p_values[i] > (1 - CONFIDENCE) / (len(p_values) - rank):
+            break
+        kept[i] = True
+    return kept
 
 
 def reached_at(line: Sequence[tuple[float, float]], y: float) -> float:
@@ -129,26 +148,6 @@ def _fit(points: Sequence[tuple[float, float]], floor: float) -> Law | None:
             top, log_half, slope = (float(value) for value in found)
             least, law = left, Law(floor, top, math.exp(log_half), slope)
     return law
-
-
-@dataclass(frozen=True)
-class Line:
-    """Straight in log2 x: what a doubling adds, over seeds that have a line each, and the root mean square of what the
-    line through the points of all seeds leaves.
-    """
-
-    gain: Estimate
-    residual: float
-
-
-def line_of(seeds: Mapping[int, Mapping[float, float]]) -> Line | None:
-    """The lines through the shares of each seed by x, by least squares. None of a single x."""
-    if any(len(of_seed) < 2 for of_seed in seeds.values()) or not seeds:
-        return None
-    gains = [float(np.polyfit(np.log2([*of_seed]), [*of_seed.values()], 1)[0]) for of_seed in seeds.values()]
-    x, y = np.array([point for of_seed in seeds.values() for point in of_seed.items()]).T
-    left = y - np.polyval(np.polyfit(np.log2(x), y, 1), np.log2(x))
-    return Line(estimate(gains), float(np.sqrt(np.mean(left**2))))
 
 
 @dataclass(frozen=True)
