@@ -41,6 +41,11 @@ class Job:
         return plan_of(self.spec, tuple(self.overrides))
 
     @property
+    def steps(self) -> int:
+        train = self.plan().run.train
+        return 0 if train is None else train.steps
+
+    @property
     def fingerprint(self) -> str:
         return self.fingerprint_of(self.plan())
 

@@ -3,6 +3,7 @@
 import io
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -27,7 +28,12 @@ Point = tuple[float, float]
 
 def draw(figure: Figure, lines: Mapping[str, Sequence[Point]], law: Law | None) -> str:
     """Means over seeds with their 95% intervals, joined line by line, as SVG; of rows of runs, those of the last."""
-    settings = {"svg.hashsalt": "memforge", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": "memforge",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+    }
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
         axes = canvas.add_subplot()

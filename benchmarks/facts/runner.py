@@ -65,7 +65,7 @@ class State:
         for record in self.done.values():
             paces[record.arm].append(record.made["seconds"] / record.steps)
         usual = fmean(pace for arm in paces.values() for pace in arm)
-        return sum(fmean(paces.get(job.arm, [usual])) * job.plan().run.train.steps for job in self.left)
+        return sum(fmean(paces.get(job.arm, [usual])) * job.steps for job in self.left)
 
 
 def state(jobs: Jobs, records: Records) -> State:

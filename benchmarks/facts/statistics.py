@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, stats  # type: ignore[import-untyped]
 
 CONFIDENCE = 0.95
 
