@@ -77,6 +77,15 @@ def test_the_findings_of_the_headline_are_of_runs_that_there_are() -> None:
     assert not any("{" in text for text in told)
 
 
+def test_the_experiment_of_the_readme_is_one(tmp_path: Path) -> None:
+    here = REPO / "benchmarks" / "facts"
+    (text,) = re.findall(r"(?s)```toml\n(.*?)```", (here / "README.md").read_text())
+    jobs = Jobs(read_experiment(write(tmp_path / "reads.toml", text)), here)
+    assert {axis.ratio for axis in jobs.require_parity().values()} != {1.0}
+    now = state(jobs, Records(tmp_path))
+    assert (len(now.left), now.waiting) == (2, 10)
+
+
 def test_how_long_the_rest_takes_is_told_by_what_is_done(file: Path) -> None:
     jobs, records = made(file)
     assert state(jobs, records).how_far(2) == "11 done, 0 left"
