@@ -92,7 +92,8 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()
     arms = [line.split(" | ")[0] for line in brief if line.startswith("|")][2:]
     assert arms == ["| Plain", "| Table \\| of 64", "| Table of 100", "| no model: majority"]
-    assert brief[0].endswith(" | a small one as good, times its FLOPs |")
+    assert brief[0].endswith(" | FLOPs of a small one as good / its own |")
+    assert brief[0].startswith("| arm | params | FLOPs / Plain | forward FLOPs / Plain | time / Plain | recall |")
     assert f"{100 * ours:.1f}% ±" in brief[3]
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     (out / "flops.svg").write_text("of what was found before")

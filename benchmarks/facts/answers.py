@@ -101,7 +101,7 @@ def questions(answers: list[Answer]) -> list[str]:
             str(a.more.count),
             interval(a.question.measure, a.ours),
             interval(a.question.measure, a.theirs),
-            f"{a.flops:.2f} (forward alone {a.forward:.2f})",
+            f"{a.flops:.2f} (forward {a.forward:.2f})",
             a.question.paper,
         ]
         for a in answers

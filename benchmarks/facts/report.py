@@ -78,7 +78,16 @@ def arms(found: Found) -> list[str]:
         ]
         for arm, records in groups.items()
     ]
-    head = ["arm", "params", "active", "slots", "FLOPs per token", *COSTS, "without the head", "set for it"]
+    head = [
+        "arm",
+        "params",
+        "active",
+        "slots",
+        "FLOPs per token",
+        *costs(found),
+        f"{COSTS[0]} without the head",
+        "set for it",
+    ]
     common = told_settings(found.experiment.set)
     note = (
         "FLOPs are those of the products that a token takes, forward and backward, by the ledger. What the "
@@ -133,7 +142,12 @@ COLUMNS = (
     "slots_top_1pct",
 )  # fmt: skip
 # What an arm costs of what the baseline does.
-COSTS = ("FLOPs", "forward alone", "time")
+COSTS = ("FLOPs", "forward FLOPs", "time")
+
+
+def costs(found: Found) -> list[str]:
+    """The heads of the columns of what an arm costs."""
+    return [f"{cost} / {found.label(found.experiment.baseline)}" for cost in COSTS]
 
 
 def in_those_of(records: Sequence[Record], base: Sequence[Record]) -> tuple[str, ...]:
@@ -247,7 +261,13 @@ def in_brief(found: Found, *before: str) -> list[str]:
     ]
     guess, score = best_guess([record for records in groups.values() for record in records])
     rows.append([f"no model: {guess}", "", *[""] * len(COSTS), score, "", "", ""])
-    head = ["arm", "params", *COSTS, *map(name_of, measures), f"{worth.title}, times its FLOPs" if worth else ""]
+    head = [
+        "arm",
+        "params",
+        *costs(found),
+        *map(name_of, measures),
+        f"FLOPs of {worth.title} / its own" if worth else "",
+    ]
     return [*before, *table(head, rows)]
 
 
@@ -332,7 +352,7 @@ def ablated(found: Found, ablation: Ablation) -> list[str]:
     ]
     if not rows:
         return []
-    head = ["variant", "recall", "NLL", *COSTS, "seeds", ablation.paper_measure]
+    head = ["variant", "recall", "NLL", *costs(found), "seeds", ablation.paper_measure]
     notes = [ablation.note, ""] if ablation.note else []
     return [f"### {ablation.title}", "", *table(head, rows), *notes]
 
