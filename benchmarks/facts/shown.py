@@ -34,6 +34,8 @@ MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens": ("tokens", lambda value: si(round(value))),
     "train_flops": ("training FLOPs", lambda value: si(round(value))),
     "slots": ("slots", lambda value: f"{value:,.0f}"),
+    "data.num_facts": ("facts", lambda value: f"{value:,.0f}"),
+    "data.num_unseen": ("facts never trained", lambda value: f"{value:,.0f}"),
 }
 
 
