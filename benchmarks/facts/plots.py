@@ -37,50 +37,12 @@ def draw(figure: Figure, lines: Mapping[str, Sequence[Point]], law: Law | None) 
     with mpl.rc_context(settings):
         canvas = Canvas(figsize=(7.6, 4.4), layout="constrained")
         axes = canvas.add_subplot()
-        ends: dict[str, float] = {}
-        for i, (name, points) in enumerate(lines.items()):
-            at: dict[float, list[float]] = defaultdict(list)
-            for x, y in points:
-                at[x].append(y)
-            found = {x: estimate(at[x]) for x in sorted(at)}
-            last = max(found)
-            reach = [
-                reached(one, is_share(figure.y)) if figure.join != "runs" or x == last else (0.0, 0.0)
-                for x, one in found.items()
-            ]
-            again, color = divmod(i, len(COLORS))
-            axes.errorbar(
-                [x * aside(lines, name, x) if figure.join == "arms" and figure.log_x else x for x in found],
-                [one.mean for one in found.values()],
-                yerr=np.transpose(reach),
-                label=name,
-                capsize=3,
-                linewidth=1.5,
-                markersize=5,
-                color=COLORS[color],
-                marker=MARKS[i % len(MARKS)],
-                markerfacecolor="white" if again else COLORS[color],
-                linestyle=DASHES[again % len(DASHES)],
-            )
-            ends[name] = found[last].mean
+        ends = {name: draw_line(axes, figure, lines, name, i) for i, name in enumerate(lines)}
         x_of_all = sorted({x for points in lines.values() for x, _ in points})
         if law is not None:
             x_law = np.geomspace(x_of_all[0], x_of_all[-1], 200)
             axes.plot(x_law, law.at(x_law), color="#888888", linestyle="--", linewidth=1, label="fitted law")
-        if figure.log_x:
-            axes.set_xscale("log", base=10)
-            mark(axes, x_of_all)
-        if figure.log_y:
-            axes.set_yscale("log")
-        elif is_share(figure.y):
-            low, high = axes.get_ylim()
-            axes.set_ylim(max(low, -0.03), min(high, 1.03))
-        axes.set_xlabel(name_of(figure.x))
-        axes.set_ylabel(name_of(figure.y))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.x, value)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.y, value)))
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        draw_axes(axes, figure, x_of_all)
         if len(lines) > MAX_INSIDE:
             handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
             top_down = sorted(ends, key=lambda name: -ends[name])
@@ -92,6 +54,51 @@ def draw(figure: Figure, lines: Mapping[str, Sequence[Point]], law: Law | None) 
         drawn = io.StringIO()
         canvas.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()
+
+
+def draw_line(axes: Axes, figure: Figure, lines: Mapping[str, Sequence[Point]], name: str, i: int) -> float:
+    """The line `name`, which is number `i` of `lines`, and the height at which it ends."""
+    at: dict[float, list[float]] = defaultdict(list)
+    for x, y in lines[name]:
+        at[x].append(y)
+    found = {x: estimate(at[x]) for x in sorted(at)}
+    last = max(found)
+    reach = [
+        reached(one, is_share(figure.y)) if figure.join != "runs" or x == last else (0.0, 0.0)
+        for x, one in found.items()
+    ]
+    again, color = divmod(i, len(COLORS))
+    axes.errorbar(
+        [x * aside(lines, name, x) if figure.join == "arms" and figure.log_x else x for x in found],
+        [one.mean for one in found.values()],
+        yerr=np.transpose(reach),
+        label=name,
+        capsize=3,
+        linewidth=1.5,
+        markersize=5,
+        color=COLORS[color],
+        marker=MARKS[i % len(MARKS)],
+        markerfacecolor="white" if again else COLORS[color],
+        linestyle=DASHES[again % len(DASHES)],
+    )
+    return found[last].mean
+
+
+def draw_axes(axes: Axes, figure: Figure, x_of_all: Sequence[float]) -> None:
+    if figure.log_x:
+        axes.set_xscale("log", base=10)
+        mark(axes, x_of_all)
+    if figure.log_y:
+        axes.set_yscale("log")
+    elif is_share(figure.y):
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.03), min(high, 1.03))
+    axes.set_xlabel(name_of(figure.x))
+    axes.set_ylabel(name_of(figure.y))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.x, value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.y, value)))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def reached(found: Estimate, share: bool) -> Point:
