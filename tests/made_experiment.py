@@ -53,6 +53,7 @@ block = { kind = "memory", num_sub_keys = 8, num_heads = 1, top_k = 2, key_dim =
 EXPERIMENT = """\
 name = "fixture"
 title = "A fixture"
+about = "Which of 20 cities?"
 baseline = "plain"
 tolerance = 0.2
 threads = 1

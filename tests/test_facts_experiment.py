@@ -60,7 +60,7 @@ def test_an_experiment_that_extends_others_has_a_name_of_its_own_and_has_found_n
     write(file.parent / "more.toml", 'extends = "fixture.toml"\nname = "more"\ntitle = "More"\n')
     above = read_experiment(write(file.parent / "most.toml", 'extends = "more.toml"\nname = "most"\n'))
     assert (above.name, above.title, list(above.arm)) == ("most", "More", list(read_experiment(file).arm))
-    assert (above.findings, above.notes) == ({}, {})
+    assert (above.about, above.findings, above.notes) == ("", {}, {})
     assert read_experiment(file).findings
     with pytest.raises(UsageError, match=r"nameless\.toml: name: Field required"):
         read_experiment(write(file.parent / "nameless.toml", 'extends = "fixture.toml"\n'))
@@ -217,6 +217,7 @@ y = "recall"
     [
         ('baseline = "plain"', 'baseline = "none"', "baseline: none is none of plain, table, table-large"),
         ('{ "train.learning_rate" = 1e-3 }', '{ "train.steps" = 3 }', "arm.plain: `search` sets other keys"),
+        ("trials = 2", "trails = 2", "search.trails: Extra inputs are not permitted"),
         ("trials = 2", "trials = 3", "arm.plain.search: 2 trials, and search.trials = 3 for all"),
         ('tuned_as = "table"', 'tuned_as = "table-large"', "arm.table-large.tuned_as: table-large is none of"),
         ('tuned_as = "table"', "", "arm.table-large: an arm has either `search` or `tuned_as`"),

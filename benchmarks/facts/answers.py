@@ -143,7 +143,7 @@ class Price:
         return ", ".join(map(self._told, self.by_seed.values()))
 
     def _told(self, ratio: float) -> str:
-        """None is told beyond the line."""
+        """A ratio, or on which side of the line it lies."""
         if ratio > self.most:
             return f"more than {self.most:.1f}"
         return f"{ratio:.1f}" if ratio >= self.least else f"less than {self.least:.1f}"

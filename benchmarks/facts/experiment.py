@@ -21,8 +21,8 @@ Settings: TypeAlias = dict[str, Value]
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 # In a finding: a measure of the runs of a name, over their seeds.
 FIGURE = re.compile(r"\{(?P<run>[^{} ]+) (?P<measure>[^{} ]+)\}")
-# What an experiment that extends another has of its own: the name of its records, and what was found by them.
-OWN = ("name", "findings", "notes")
+# What an experiment that extends another has of its own: the name of its records, what is asked and what was found.
+OWN = ("name", "about", "findings", "notes")
 SEED = "train.seed"
 # What a record knows of a run: shares, other scores, and what follows from them and the ledger.
 SHARES = ("recall", "recall.rare", "recall.unseen")
@@ -255,7 +255,9 @@ def read_experiment(path: Path) -> Experiment:
     try:
         return Experiment.model_validate(_tables(path))
     except ValidationError as error:
-        first = error.errors()[0]
+        # A key that is misspelt is missing too, and it is the misspelt one that is to be found in the file.
+        found = error.errors()
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(
             f"{path}: {where}{': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -44,8 +44,8 @@ class Found:
         return groups
 
     def baseline(self) -> list[Record]:
-        """The runs of the baseline, for what they cost."""
-        return [record for record in self.now.done.values() if record.arm == self.experiment.baseline]
+        """The runs of the baseline as it was tuned, for what they cost; none while there are none."""
+        return self.as_tuned.get(self.experiment.baseline, [])
 
     @cached_property
     def as_tuned(self) -> dict[str, list[Record]]:
