@@ -86,6 +86,17 @@ def test_the_experiment_of_the_readme_is_one(tmp_path: Path) -> None:
     assert (len(now.left), now.waiting) == (2, 10)
 
 
+def test_the_headline_in_miniature_has_all_of_its_studies_and_none_of_their_size() -> None:
+    here = REPO / "benchmarks" / "facts"
+    small, headline = (read_experiment(here / name) for name in ("small.toml", "headline.toml"))
+    assert (small.arm.keys(), small.study.keys()) == (headline.arm.keys(), headline.study.keys())
+    jobs = Jobs(small, here)
+    of_all = list(jobs.all({arm: small.arm[arm].trials()[0] for arm in jobs.tuned_arms()}))
+    assert max(job.steps for job in of_all) <= 80
+    assert max(job.settings["data.num_facts"] for job in of_all) <= 400
+    assert len({job.name for job in of_all}) < 100
+
+
 def test_how_long_the_rest_takes_is_told_by_what_is_done(file: Path) -> None:
     jobs, records = made(file)
     assert state(jobs, records).how_far(2) == "11 done, 0 left"

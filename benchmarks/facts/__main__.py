@@ -82,8 +82,7 @@ def status(file: File, out: Out = None, scratch: Scratch = None) -> None:
     """What is done, what is left, and what the search chose."""
     bench = Bench(file, out, scratch)
     parity, now = bench.jobs.require_parity(), bench.state()
-    table = titled_table(bench.experiment.title, ("arm", "FLOPs", "runs", "left", "chosen"))
-    table.columns[-1].justify = "left"
+    table = titled_table(bench.experiment.title, ("arm", "FLOPs", "runs", "left", "chosen"), left=("chosen",))
     for arm in bench.experiment.arm:
         done = sum(record.arm == arm for record in now.done.values())
         left = sum(job.arm == arm for job in now.left)

@@ -403,8 +403,8 @@ def told_edges(found: Found, arm: str) -> str:
 
 def data(found: Found) -> list[str]:
     """The facts of each seed and count, and what scores without a model."""
-    records = {(source_of(job.plan()), job.name): found.now.done[job.name] for job in found.all_done()}
-    names = sorted({name for record in records.values() for name in record.baselines})
+    records = [(source_of(job.plan()), found.now.done[job.name]) for job in found.all_done()]
+    names = sorted({name for _, record in records for name in record.baselines})
     rows = {
         (source, int(record.data["facts"]), record.seed): [
             f"{record.data['tokens_per_epoch']:,}",
@@ -412,7 +412,7 @@ def data(found: Found) -> list[str]:
             *(f"{100 * record.baselines[name]:.2f}%" if name in record.baselines else "" for name in names),
             f"`{str(record.data['corpus_sha256'])[:16]}`",
         ]
-        for (source, _), record in records.items()
+        for source, record in records
     }
     if not rows:
         return []
