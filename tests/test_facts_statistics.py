@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.facts.statistics import difference, estimate, law_of, line_of, logistic, reached_at, spread_of
+from benchmarks.facts.statistics import difference, estimate, law_of, logistic, reached_at, spread_of
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
@@ -54,15 +54,6 @@ def shares(
     floor, top, half, slope = law
     y = [logistic(np.log(x), floor, top, np.log(half), slope) + rng.normal(0, noise, len(x)) for _ in range(3)]
     return {seed: dict(zip(x.tolist(), of_seed.tolist(), strict=True)) for seed, of_seed in enumerate(y)}
-
-
-def test_what_a_doubling_adds_is_told_apart_from_what_seeds_differ_by() -> None:
-    level = {1: 0.1, 2: 0.3, 3: 0.2}  # seeds differ in level and not in slope
-    found = line_of({seed: {2.0**i: at + 0.02 * i for i in (12, 14, 16)} for seed, at in level.items()})
-    assert found is not None
-    assert (found.gain.low, found.gain.high) == pytest.approx((0.02, 0.02))
-    assert found.residual == pytest.approx(np.std([*level.values()]))
-    assert line_of({1: {8.0: 0.1}}) is None
 
 
 def test_two_single_runs_differ_as_seldom_by_chance_as_is_said() -> None:
