@@ -142,6 +142,13 @@ study = "core"
 x = "slots"
 y = "recall"
 
+[figure.counts]
+title = "Over tokens"
+study = "counts"
+x = "tokens"
+y = "held_out_loss"
+beside = { "none of 20" = ["plain"] }
+
 [ablation.sizes]
 title = "Sizes"
 study = "sizes"

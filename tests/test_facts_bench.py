@@ -69,9 +69,9 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     page = (out / "report.md").read_text()
     assert "Not finished" not in page
     headings = [line for line in page.splitlines() if line.startswith("#")]
-    assert headings[6:14] == [
+    assert headings[6:15] == [
         *("## All of them", "### Recall by FLOPs", "### Over training", "### Over slots, or none"),
-        *("## counts", "## sizes", "### Sizes", "### Over slots"),
+        *("## counts", "### Over tokens", "## sizes", "### Sizes", "### Over slots"),
     ]
     guesses = [line.split(" | ")[:2] for line in page.partition("## counts")[2].splitlines() if "no model" in line]
     assert [guess[1] for guess in guesses[:2]] == ["12", "20"]
@@ -87,8 +87,9 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert "geometric means and 95% intervals over seeds. In the paper: 4." in costs
     assert "Table | of 64: 64 rows." in page
     assert "one line" in (out / "flops.svg").read_text()
+    assert "none of 20" in (out / "counts.svg").read_text()
     assert re.search(r"\*\*It was tried:\*\* \d+\.\d% ± \d+\.\d% against \d\.\d{3}\.", page)
-    assert {path.name for path in out.glob("*.svg")} == {"flops.svg", "course.svg", "sizes.svg", "slots.svg"}
+    assert {path.stem for path in out.glob("*.svg")} == {"flops", "course", "sizes", "slots", "counts"}
     brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()
     arms = [line.split(" | ")[0] for line in brief if line.startswith("|")][2:]
     assert arms == ["| Plain", "| Table \\| of 64", "| Table of 100", "| no model: majority"]

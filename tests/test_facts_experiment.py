@@ -234,6 +234,7 @@ y = "recall"
         ('tuned_as = "table"', "", "arm.table-large: an arm has either `search` or `tuned_as`"),
         ('than = "plain"', 'than = "plane"', "question: plane is none of"),
         ('["plain", "table"] }', '["plain", "tables"] }', "figure.flops.lines: tables is none of plain, table"),
+        ('20" = ["plain"]', '20" = ["plane"]', "figure.counts.beside: plane is none of plain, table, table-large"),
         ('study = "sizes"', 'study = "size"', "figure.sizes.study: size is none of"),
         ("seeds = [1, 2]", "seeds = []", "study.core.seeds: List should have at least 1 item"),
         ("seeds = [1, 2]", "seeds = [1, 1]", "study.core.seeds: one is there twice"),

@@ -123,8 +123,8 @@ class Figure(Section):
     """A picture of a study: a measure over what the ledger or the settings say (`x`), or over the course of a run.
 
     `join` says which points make a line: those of an arm, all of the study, or the rows of a run. Of arms that `lines`
-    puts under one title, all points make one. A `law` is fitted to all points; it starts from what the arm `floor` has,
-    or from 0.
+    puts under one title, all points make one; `beside` are further lines, of arms as they were tuned, from any study. A
+    `law` is fitted to all points of the study; it starts from what the arm `floor` has, or from 0.
     """
 
     title: str
@@ -133,6 +133,7 @@ class Figure(Section):
     y: str
     join: Literal["arms", "study", "runs"] = "arms"
     lines: dict[str, list[str]] = {}
+    beside: dict[str, list[str]] = {}
     log_x: bool = True
     log_y: bool = False
     law: Literal["none", "logistic"] = "none"
@@ -203,6 +204,7 @@ class Experiment(Section):
             self._known(f"figure.{name}.y", [figure.y], SCORES if figure.join == "runs" else MEASURES)
             joined = [arm for arms in figure.lines.values() for arm in arms]
             self._known(f"figure.{name}.lines", joined, self.study[figure.study].arms)
+            self._known(f"figure.{name}.beside", [*itertools.chain.from_iterable(figure.beside.values())], self.arm)
             self._known(f"figure.{name}.floor", [figure.floor] if figure.floor else [], self.arm)
             if figure.law != "none" and not figure.log_x:
                 raise ValueError(f"figure.{name}.law: laws are of the logarithm of x, and log_x = false")

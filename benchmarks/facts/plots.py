@@ -91,8 +91,8 @@ def draw_axes(axes: Axes, figure: Figure, x_of_all: Sequence[float]) -> None:
     if figure.log_y:
         axes.set_yscale("log")
     elif is_share(figure.y):
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.03), min(high, 1.03))
+        high = min(axes.get_ylim()[1], 1.03)
+        axes.set_ylim(-0.03 * high, high)  # from nothing: what differs little looks so
     axes.set_xlabel(name_of(figure.x))
     axes.set_ylabel(name_of(figure.y))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(figure.x, value)))

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -277,17 +277,15 @@ def pictured(found: Found, name: str, figure: Figure, pictures: dict[str, str]) 
     seeds: dict[int, dict[float, float]] = defaultdict(dict)
     titles = {arm: title for title, arms in figure.lines.items() for arm in arms}
     for _, seed, record in found.study(figure.study):
-        label = titles.get(record.arm, found.label(record.arm))
-        x, y = record.figure(figure.x), record.figure(figure.y)
-        if x is None or y is None or (figure.log_x and x <= 0):  # no slots have no place among powers
-            continue
-        seeds[seed][x] = y
-        if figure.join == "runs":
-            lines[label] += [(x * row["step"] / record.steps, row[figure.y]) for row in record.curve]
-        else:
-            lines[label if figure.join == "arms" else figure.study].append((x, y))
+        label = figure.study if figure.join == "study" else titles.get(record.arm, found.label(record.arm))
+        for x, y in points_of(figure, record):
+            lines[label].append((x, y))
+            seeds[seed][x] = y
     if not lines:
         return []
+    for title, arms in figure.beside.items():
+        for record in chain.from_iterable(found.as_tuned.get(arm, ()) for arm in arms):
+            lines[title] += points_of(figure, record)
     law = None
     if figure.law != "none":
         floor = scores_of(found.as_tuned.get(figure.floor, []), figure.y) if figure.floor else {}
@@ -302,6 +300,16 @@ def pictured(found: Found, name: str, figure: Figure, pictures: dict[str, str]) 
     if law is not None:
         text += [told(law, figure), ""]
     return text
+
+
+def points_of(figure: Figure, record: Record) -> list[Point]:
+    """What a run came to, or its whole course; nothing where it has not both measures."""
+    x, y = record.figure(figure.x), record.figure(figure.y)
+    if x is None or y is None or (figure.log_x and x <= 0):  # no slots have no place among powers
+        return []
+    if figure.join == "runs":
+        return [(x * row["step"] / record.steps, row[figure.y]) for row in record.curve]
+    return [(x, y)]
 
 
 def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
