@@ -90,14 +90,14 @@ def arms(found: Found) -> list[str]:
     ]
     common = told_settings(found.experiment.set)
     note = (
-        "FLOPs are those of the products that a token takes, forward and backward, by the ledger. What the "
-        "optimizer and traffic of memory take is in the time alone: that of a step on one thread, beside another "
-        "training. Backward skips slots that were not chosen, so that arms with many of them spend more than a "
-        "third of their FLOPs forward. The head is the larger a part, the narrower a model; without it there are "
-        "the FLOPs of the layers alone. Bits recalled, below, are the facts answered to the last token in phrasings "
-        "held out, less as many as are right of facts never trained, at the bits of a mean answer, of which "
-        "frequent families have fewer. Bits by NLL are what all answers take by their frequencies alone, less what "
-        "they take by the model."
+        "FLOPs are those of the products that a token takes, forward and backward, by the ledger. What the optimizer "
+        "and traffic of memory take is in the time alone, that in brief: of a step on one thread, beside another "
+        "training, the least of its seeds. Backward skips slots that were not chosen, so that arms with many of them "
+        "spend more than a third of their FLOPs forward. The head is the larger a part, the narrower a model; without "
+        "it there are the FLOPs of the layers alone. Bits recalled, below, are the facts answered to the last token "
+        "in phrasings held out, less as many as are right of facts never trained, at the bits of a mean answer, of "
+        "which frequent families have fewer. Bits by NLL are what all answers take by their frequencies alone, less "
+        "what they take by the model."
     )
     given = [found.experiment.arm[arm] for arm in groups]
     notes = [f"{arm.label}: {arm.note}" for arm in given if arm.note]
@@ -142,25 +142,30 @@ COLUMNS = (
     "slots_top_1pct",
 )  # fmt: skip
 # What an arm costs of what the baseline does.
-COSTS = ("FLOPs", "forward FLOPs", "time")
+COSTS = ("FLOPs", "forward FLOPs")
 
 
-def costs(found: Found) -> list[str]:
+def costs(found: Found, *more: str) -> list[str]:
     """The heads of the columns of what an arm costs."""
-    return [f"{cost} / {found.label(found.experiment.baseline)}" for cost in COSTS]
+    return [f"{cost} / {found.label(found.experiment.baseline)}" for cost in (*COSTS, *more)]
 
 
 def in_those_of(records: Sequence[Record], base: Sequence[Record]) -> tuple[str, ...]:
-    """What runs cost per token of what those of the baseline do; nothing while these are not there."""
+    """What runs count per token of what those of the baseline do; nothing while these are not there."""
     if not base:
         return ("",) * len(COSTS)
-    # What else the machine does only adds to a time.
-    times = [min(run.made["seconds"] / run.steps for run in runs) for runs in (records, base)]
     return (
         f"{records[0].flops_per_token / base[0].flops_per_token:.3f}",
         f"{records[0].forward_flops_per_token / base[0].forward_flops_per_token:.3f}",
-        f"{times[0] / times[1]:.2f}",
     )
+
+
+def time_in_that_of(records: Sequence[Record], base: Sequence[Record]) -> str:
+    """The least time of a step of runs in that of the baseline: what else the machine does only adds to it."""
+    if not base:
+        return ""
+    least = [min(run.made["seconds"] / run.steps for run in runs) for runs in (records, base)]
+    return f"{least[0] / least[1]:.2f}"
 
 
 def studied(found: Found, name: str, pictures: dict[str, str]) -> list[str]:
@@ -254,17 +259,18 @@ def in_brief(found: Found, *before: str) -> list[str]:
             found.label(arm),
             si(records[0].params),
             *in_those_of(records, base),
+            time_in_that_of(records, base),
             *(over(records, measure) for measure in measures),
             str(worths.get(arm, "")),
         ]
         for arm, records in groups.items()
     ]
     guess, score = best_guess([record for records in groups.values() for record in records])
-    rows.append([f"no model: {guess}", "", *[""] * len(COSTS), score, "", "", ""])
+    rows.append([f"no model: {guess}", "", *[""] * len(COSTS), "", score, "", "", ""])
     head = [
         "arm",
         "params",
-        *costs(found),
+        *costs(found, "time"),
         *map(name_of, measures),
         f"FLOPs of {worth.title} / its own" if worth else "",
     ]
