@@ -3,7 +3,7 @@
 # make test-slow   the same claims with more trials: 200 kills; about 15 minutes
 # make lint   make types
 # make data   the facts of source = "taxa": 90 MB, and what reads them
-# make headline   goes on with benchmarks/facts for 38 minutes; about 16 hours in all, every finished run is kept
+# make headline   goes on with benchmarks/facts for 38 minutes; about 18 hours in all, every finished run is kept
 # make headline-small   the same arms and stages in miniature, in under 10 minutes
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
