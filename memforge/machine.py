@@ -10,13 +10,19 @@ from memforge.errors import DeviceError
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """As the system calls it, with what tells processors of one name apart: a virtual machine may say no more than
+    "AMD EPYC" of any, and other instructions sum in another order.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        text = ""
+    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    first = {key.strip(): value.strip() for key, _, value in pairs}
+    name = first.get("model name") or platform.processor() or platform.machine()
+    which = [f"{key} {first[key]}" for key in ("cpu family", "model", "stepping") if key in first]
+    flags = first.get("flags", "").split()
+    return ", ".join([name, *which, *[flag for flag in ("avx512f", "avx2") if flag in flags][:1]])
 
 
 # Of the environment, and to be set before torch is loaded. OpenMP's threads wait for the next operator by spinning, by
