@@ -20,9 +20,10 @@ def cpu_name() -> str:
     pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
     first = {key.strip(): value.strip() for key, _, value in pairs}
     name = first.get("model name") or platform.processor() or platform.machine()
-    which = [f"{key} {first[key]}" for key in ("cpu family", "model", "stepping") if key in first]
+    which = [f"{key.removeprefix('cpu ')} {first[key]}" for key in ("cpu family", "model", "stepping") if key in first]
     flags = first.get("flags", "").split()
-    return ", ".join([name, *which, *[flag for flag in ("avx512f", "avx2") if flag in flags][:1]])
+    which += [flag for flag in ("avx512f", "avx2") if flag in flags][:1]
+    return f"{name} ({', '.join(which)})" if which else name
 
 
 # Of the environment, and to be set before torch is loaded. OpenMP's threads wait for the next operator by spinning, by

@@ -22,6 +22,6 @@ def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
         return cpu_name()
 
     other = ZEN_3.replace("25", "26").replace("avx2", "avx2 avx512f")
-    assert name_by(ZEN_3 + other) == "AMD EPYC, cpu family 25, model 1, stepping 1, avx2"
-    assert name_by(other + ZEN_3) == "AMD EPYC, cpu family 26, model 1, stepping 1, avx512f"
+    assert name_by(ZEN_3 + other) == "AMD EPYC (family 25, model 1, stepping 1, avx2)"
+    assert name_by(other + ZEN_3) == "AMD EPYC (family 26, model 1, stepping 1, avx512f)"
     assert name_by("")  # where a system has no such file, or says nothing there
