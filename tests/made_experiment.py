@@ -141,6 +141,7 @@ title = "Over slots, or none"
 study = "core"
 x = "slots"
 y = "recall"
+beside = { "without slots" = ["plain"] }
 
 [figure.counts]
 title = "Over tokens"

@@ -88,6 +88,7 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     assert "Table | of 64: 64 rows." in page
     assert "one line" in (out / "flops.svg").read_text()
     assert "none of 20" in (out / "counts.svg").read_text()
+    assert "without slots" not in (out / "slots.svg").read_text()
     assert re.search(r"\*\*It was tried:\*\* \d+\.\d% ± \d+\.\d% against \d\.\d{3}\.", page)
     assert {path.stem for path in out.glob("*.svg")} == {"flops", "course", "sizes", "slots", "counts"}
     brief = facts("brief", file, cwd=tmp_path).stdout.splitlines()

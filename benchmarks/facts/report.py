@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -290,8 +290,9 @@ def pictured(found: Found, name: str, figure: Figure, pictures: dict[str, str]) 
     if not lines:
         return []
     for title, arms in figure.beside.items():
-        for record in chain.from_iterable(found.as_tuned.get(arm, ()) for arm in arms):
-            lines[title] += points_of(figure, record)
+        runs = [record for arm in arms for record in found.as_tuned.get(arm, ())]
+        if points := [point for record in runs for point in points_of(figure, record)]:
+            lines[title] += points
     law = None
     if figure.law != "none":
         floor = scores_of(found.as_tuned.get(figure.floor, []), figure.y) if figure.floor else {}
