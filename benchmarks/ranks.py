@@ -43,6 +43,7 @@ def worker(spec: str, axes: dict[str, int]) -> dict[str, list[float]]:
     from memforge.training.optimizer import Stepper
     from memforge.training.ranks import ALONE
     from memforge.training.schedule import PEAK
+    from memforge_kernels.shared_out import gloo
 
     mesh = Mesh(**axes)
     plan = make_plan(
@@ -51,7 +52,7 @@ def worker(spec: str, axes: dict[str, int]) -> dict[str, list[float]]:
     run = plan.run.train
     assert run is not None
     if mesh.ranks > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group(gloo())
     ranks = ProcessRanks(mesh, "cpu") if mesh.ranks > 1 else ALONE
     waited = _timed_collectives() if mesh.ranks > 1 else lambda: 0.0
     model = ranks.build(plan.model, seed=1).train()

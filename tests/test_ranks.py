@@ -120,8 +120,9 @@ def against_one(cases: list[tuple[str, list[list[int]], SplitChoice, int]]) -> l
     import torch.distributed as dist
 
     from memforge.plan import plan_from_json
+    from memforge_kernels.shared_out import gloo
 
-    dist.init_process_group("gloo")
+    dist.init_process_group(gloo())
     found = [_against_one(plan_from_json(plan_json, "the test"), *rest) for plan_json, *rest in cases]
     dist.destroy_process_group()
     return found

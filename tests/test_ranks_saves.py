@@ -22,8 +22,9 @@ def saves(plan: str, run: str) -> list[Any]:
     import torch.distributed as dist
 
     from memforge.training.distributed import ProcessRanks
+    from memforge_kernels.shared_out import gloo
 
-    dist.init_process_group("gloo")
+    dist.init_process_group(gloo())
     ranks, read, hash_of = ProcessRanks(Mesh(dp_replicate=2), "cpu"), [], files.file_sha256
 
     def hashed(path: Path) -> str:

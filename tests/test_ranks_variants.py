@@ -30,18 +30,19 @@ def test_dropout_and_plain_descent_on_two_ranks(tmp_path: Path) -> None:
     require_equal(*(Case(plan, meshes, "columns", steps=4) for plan in (dropped, sgd)))
 
 
-def waits() -> list[float]:
-    """For how many minutes each group of a rank waits."""
+def groups_of_a_rank() -> list[tuple[float, int]]:
+    """For how many minutes each group of a rank waits, and how many threads work for it."""
     from memforge.training.distributed import joined
 
     with joined(Mesh(2, 1, 2), "cpu", 0, 7) as ranks:
         groups = [*ranks.dense.get_all_groups(), ranks.memory.group, ranks.copies.group, ranks.control]
         groups += [ranks.beside().control, ranks.patient().beside().control, torch.distributed.group.WORLD]
-        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60 for group in groups]
+        found = [group._get_backend(torch.device("cpu")).options for group in groups]
+        return [(options._timeout.total_seconds() / 60, options._threads) for options in found]
 
 
-def test_every_group_waits_as_long_as_it_was_told_to() -> None:
-    assert on_ranks(4, "test_ranks_variants:waits") == [[7.0] * 8] * 4
+def test_every_group_waits_as_long_as_it_was_told_to_and_has_one_thread() -> None:
+    assert on_ranks(4, "test_ranks_variants:groups_of_a_rank") == [[[7.0, 1]] * 8] * 4
 
 
 def slowly() -> list[str]:
@@ -49,8 +50,9 @@ def slowly() -> list[str]:
     import torch.distributed as dist
 
     from memforge.training.distributed import ProcessRanks
+    from memforge_kernels.shared_out import gloo
 
-    dist.init_process_group("gloo")
+    dist.init_process_group(gloo())
     ranks = ProcessRanks(Mesh(dp_shard=2), "cpu", wait=timedelta(seconds=1), local_rank=dist.get_rank())
     patient = ranks.patient()
 
@@ -74,8 +76,9 @@ def poisoned(plan_json: str, axes: list[int]) -> list[bool]:
 
     from memforge.training.distributed import ProcessRanks
     from memforge.training.optimizer import Stepper
+    from memforge_kernels.shared_out import gloo
 
-    dist.init_process_group("gloo")
+    dist.init_process_group(gloo())
     plan = plan_from_json(plan_json, "the test")
     run = plan.run.train
     assert run is not None

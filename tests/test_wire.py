@@ -23,6 +23,7 @@ from memforge.spec import load_spec
 from memforge.training.optimizer import Stepper
 from memforge.training.schedule import PEAK
 from memforge.training.tables import read_sites
+from memforge_kernels.shared_out import gloo
 
 if TYPE_CHECKING:
     from memforge.training.distributed import ProcessRanks
@@ -85,7 +86,7 @@ def recorded(plans: dict[str, str], meshes: list[list[int]]) -> list[list[Any]]:
     """The collectives of this rank in a step of each plan, given by its file, on each mesh."""
     from memforge.training.distributed import ProcessRanks
 
-    dist.init_process_group("gloo")
+    dist.init_process_group(gloo())
     found = []
     for axes in meshes:
         ranks = ProcessRanks(Mesh(*axes), "cpu")

@@ -24,7 +24,7 @@ from memforge.pieces import Piece
 from memforge.plan import ModelPlan, ParamRow, split_of
 from memforge.training.ranks import Ranks, T
 from memforge_kernels import Read, Reader
-from memforge_kernels.shared_out import MemoryGroup, PartReader, TokenGroup
+from memforge_kernels.shared_out import MemoryGroup, PartReader, TokenGroup, gloo
 
 NO_HURRY = timedelta(days=30)
 
@@ -45,7 +45,7 @@ def joined(
         torch.cuda.set_device(local_rank)
     wait = timedelta(minutes=wait_minutes)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=wait)
+        dist.init_process_group(f"cpu:{gloo()},cuda:nccl" if on_gpu else gloo(), timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise DeviceError(f"this rank has not found the others: {_first_line(error)}") from None
     rank = dist.get_rank()
@@ -66,7 +66,7 @@ def _first_line(error: BaseException) -> str:
 
 def _control(wait: timedelta | None) -> dist.ProcessGroup:
     """A group of all ranks for what is no tensor."""
-    return dist.new_group(backend=None if dist.get_backend() == "fake" else "gloo", timeout=wait)
+    return dist.new_group(backend=None if dist.get_backend() == "fake" else gloo(), timeout=wait)
 
 
 class ProcessRanks(Ranks):
