@@ -104,7 +104,7 @@ def _timed_collectives() -> Callable[[], float]:
             setattr(dist, name, timed(getattr(dist, name)))
     dist.Work.wait = timed(dist.Work.wait)
     for module in (shared_out, *(m for n, m in sys.modules.items() if n.startswith("memforge_kernels.shared_out."))):
-        for name in ("_all_gather", "_reduce_scatter", "_done"):
+        for name in ("_all_gather", "_reduce_scatter", "done"):
             if hasattr(module, name):
                 setattr(module, name, timed(getattr(module, name)))
     functional.all_to_all_single = timed(functional.all_to_all_single)
