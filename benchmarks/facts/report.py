@@ -446,6 +446,8 @@ def made(found: Found) -> list[str]:
     def all_of(key: str) -> str:
         return ", ".join(sorted({str(record.made[key]) for record in records}))
 
+    # A training that was interrupted has all that it went on at.
+    commits = {commit for record in records for commit in str(record.made["commit"]).split(", ")}
     versions = ", ".join(
         sorted({f"{name} {number}" for record in records for name, number in record.made["versions"].items()})
     )
@@ -453,6 +455,6 @@ def made(found: Found) -> list[str]:
         "## Made",
         "",
         f"{len(records)} runs, {hours:.1f} hours of training; {all_of('cpu')}, threads of a training: "
-        f"{all_of('threads')}; {versions}; commits {all_of('commit')}.",
+        f"{all_of('threads')}; {versions}; commits {', '.join(sorted(commits))}.",
         "",
     ]
