@@ -1,6 +1,7 @@
 """What else a step can be, on several ranks and on one: without sequences, run again, dropped out, not finite."""
 
 import math
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +44,25 @@ def groups_of_a_rank() -> list[tuple[float, int]]:
 
 def test_every_group_waits_as_long_as_it_was_told_to_and_has_one_thread() -> None:
     assert on_ranks(4, "test_ranks_variants:groups_of_a_rank") == [[[7.0, 1]] * 8] * 4
+
+
+def through_no_interface() -> str:
+    """What a rank says that is to talk through an interface which the machine does not have."""
+    from memforge.errors import DeviceError
+    from memforge.training.distributed import joined
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "nosuch"
+    try:
+        with joined(Mesh(), "cpu", 0, 1):
+            return "nothing"
+    except DeviceError as error:
+        return str(error)
+
+
+def test_ranks_talk_through_the_interface_that_they_are_told() -> None:
+    (said,) = on_ranks(1, "test_ranks_variants:through_no_interface")
+    assert "has not found the others" in said
+    assert "nosuch" in said
 
 
 def slowly() -> list[str]:

@@ -59,9 +59,9 @@ def joined(
 
 
 def _first_line(error: BaseException) -> str:
-    """What gloo or NCCL say, without the place in their sources and their advice."""
+    """What gloo or NCCL say, without the place in their sources, the condition that stands there and their advice."""
     line = str(error).strip().split("\n")[0]
-    return re.sub(r"^\[[^\]]*\.\w+:[0-9]+\]\s*", "", line).partition(". ")[0]
+    return re.sub(r"^\[(enforce fail at [^\]]*\] .*?\. |[^\]]*\.\w+:[0-9]+\]\s*)", "", line).partition(". ")[0]
 
 
 def _control(wait: timedelta | None) -> dist.ProcessGroup:

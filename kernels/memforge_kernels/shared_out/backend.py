@@ -1,5 +1,6 @@
 """gloo whose groups do one thing after another."""
 
+import os
 from typing import Any
 
 from torch.distributed import Backend, ProcessGroupGloo
@@ -24,8 +25,10 @@ def gloo() -> str:
 def _made(given: Any, _: Any) -> ProcessGroupGloo:
     options = ProcessGroupGloo._Options()
     options._timeout, options._threads = given.timeout, 1
-    options._devices = [ProcessGroupGloo.create_default_device()]
-    # As torch tells its own.
+    # The interfaces and what is told of the group are those of torch's own gloo.
+    interfaces = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    options._devices = [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",") if name]
+    options._devices = options._devices or [ProcessGroupGloo.create_default_device()]
     options.global_ranks_in_group, options.group_name = given.global_ranks_in_group, given.group_id
     made = ProcessGroupGloo(given.store, given.group_rank, given.group_size, options)
     made._set_sequence_number_for_group()
