@@ -8,7 +8,7 @@ from conftest import write
 
 from benchmarks.facts.experiment import read_experiment
 from benchmarks.facts.jobs import Jobs
-from benchmarks.facts.records import Records
+from benchmarks.facts.records import Made, Records
 from benchmarks.facts.runner import state
 
 DENSE = """\
@@ -161,6 +161,12 @@ paper = { table = "2.11", table-large = "2.10" }
 """
 
 
+MADE: Made = {
+    "threads": 1, "at_once": 1, "load": 0.0, "seconds": 1.0, "commit": "0", "date": "2026-01-01", "cpu": "one",
+    "python": "3.11", "versions": {},
+}  # fmt: skip
+
+
 def experiment_in(directory: Path) -> Path:
     """Write it and the specs of its arms; the path of its file."""
     write(directory / "plain.toml", DENSE)
@@ -182,7 +188,7 @@ def made(file: Path) -> tuple[Jobs, Records]:
                     "flops_per_token": 1.0, "forward_flops_per_token": 1.0, "steps": 1, "tokens": 1, "data": {},
                     "baselines": {}, "exposures_per_fact": None, "final": {"held_out_loss": drawn.random()},
                     "curve": [], "usage": {},
-                    "made": {"threads": job.threads, "seconds": 2.0 if job.arm == "plain" else 8.0},
+                    "made": MADE | {"threads": job.threads, "seconds": 2.0 if job.arm == "plain" else 8.0},
                 }
             )  # fmt: skip
             write(records.path(job.name), text)

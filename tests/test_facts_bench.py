@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, write
-from made_experiment import EXPERIMENT, experiment_in
+from made_experiment import EXPERIMENT, MADE, experiment_in
 
 from benchmarks.facts.experiment import read_experiment
 from benchmarks.facts.jobs import Jobs
@@ -69,7 +69,8 @@ def test_an_experiment_is_run_in_pieces_reported_and_repeated(file: Path, tmp_pa
     page = (out / "report.md").read_text()
     assert "Not finished" not in page
     headings = [line for line in page.splitlines() if line.startswith("#")]
-    assert headings[6:15] == [
+    assert headings[2] == "## What is not decided"
+    assert headings[7:16] == [
         *("## All of them", "### Recall by FLOPs", "### Over training", "### Over slots, or none"),
         *("## counts", "### Over tokens", "## sizes", "### Sizes", "### Over slots"),
     ]
@@ -163,7 +164,7 @@ def test_a_run_that_diverged_has_no_score(file: Path, tmp_path: Path) -> None:
     run = read_run(tmp_path / "scratch" / job.name)
     assert run.summary is not None
     ended = replace(run, summary=run.summary.model_copy(update={"ended": "non-finite"}))
-    found = record_of(job, ended, {})
+    found = record_of(job, ended, MADE)
     assert (found.ended, found.final) == ("non-finite", {})
     assert (found.figure("recall"), found.figure("recalled_bits")) == (None, None)
     # What has finished and was not yet recorded is taken up, not trained again.

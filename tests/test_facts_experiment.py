@@ -1,5 +1,6 @@
 """The file of an experiment, what it asks to be trained, and what is read in its records; nothing is trained here."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -7,14 +8,15 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, write
-from made_experiment import EXPERIMENT, MEMORY, experiment_in, made
+from made_experiment import EXPERIMENT, MADE, MEMORY, experiment_in, made
 
-from benchmarks.facts.answers import Price
+from benchmarks.facts.answers import Price, answers_of, questions, undecided
 from benchmarks.facts.corpora import require, sha256
 from benchmarks.facts.experiment import Settings, read_experiment
 from benchmarks.facts.found import Found
 from benchmarks.facts.jobs import Jobs, plan_of
 from benchmarks.facts.records import Records, read_record
+from benchmarks.facts.report import time_in_that_of
 from benchmarks.facts.runner import state
 from benchmarks.facts.shown import told_settings
 from benchmarks.facts.statistics import estimate, holm
@@ -155,12 +157,15 @@ def test_an_arm_is_renamed_or_removed_in_the_file_alone(file: Path) -> None:
     write(file, EXPERIMENT.replace("table", "lookup").replace("lookup.toml", "table.toml"))
     now = state(Jobs(read_experiment(file), file.parent), records)
     assert {job.arm for job in now.left} == {"lookup"}
+    assert now.others == []  # which runs of the new name there are its search has to tell first
     assert {record.arm for record in now.done.values()} == {"plain"}
     large = re.sub(r"(?s)\[arm\.table-large\].*?\n\n", "", EXPERIMENT)
     large = re.sub(r"(?s)\[(study|figure|ablation)\.sizes\].*?\n(\n|$)", "", large)
     write(file, large.replace(', "table-large"', ""))
     now = state(Jobs(read_experiment(file), file.parent), records)
     assert (now.left, {record.arm for record in now.done.values()}) == ([], {"plain", "table"})
+    assert now.others == ["table-large.seed-1", "table-large.seed-2"]
+    assert now.how_far(1) == "9 done, 0 left; 2 records are of no run of this experiment"
 
 
 def test_a_study_varies_what_the_search_chose_and_shares_the_run_of_the_choice(file: Path) -> None:
@@ -206,6 +211,44 @@ def test_a_record_that_is_damaged_is_named(file: Path) -> None:
     write(records.path("search.plain.0"), "{")
     with pytest.raises(StorageError, match=r"search\.plain\.0\.json: damaged; delete it"):
         state(jobs, records)
+    records.path("search.plain.0").unlink()
+    made(file)
+    remade(records, "search.plain.1", made={"seconds": 1.0})
+    with pytest.raises(StorageError, match=r"search\.plain\.1\.json: damaged at `made\.threads`; delete it"):
+        state(jobs, records)
+
+
+def remade(records: Records, name: str, **fields: object) -> None:
+    """Write other fields into a record."""
+    path = records.path(name)
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_question_is_counted_also_where_every_run_of_an_arm_diverged(file: Path) -> None:
+    jobs, records = made(file)
+    for seed in (1, 2):
+        remade(records, f"plain.seed-{seed}", final={"recall": 0.5})
+        remade(records, f"table.seed-{seed}", final={}, ended="non-finite")
+    answers = answers_of(Found(jobs, state(jobs, records)))
+    assert [(answer.verdict, answer.undecided) for answer in answers] == [(None, "2 of the runs diverged")]
+    assert undecided(answers)[2] == "2 of the runs diverged: Does a table beat none?"
+    assert "of all 1 questions" in questions(answers)[-2]
+
+
+def test_runs_of_different_processors_are_named_where_they_are_compared(file: Path) -> None:
+    jobs, records = made(file)
+    for seed in (1, 2):
+        for arm, recall in (("plain", 0.5), ("table", 0.7 + seed / 10)):
+            remade(records, f"{arm}.seed-{seed}", final={"recall": recall})
+    answers = answers_of(Found(jobs, state(jobs, records)))
+    assert "processors" not in questions(answers)[-2]
+    remade(records, "table.seed-2", made=MADE | {"cpu": "another", "seconds": 4.0})
+    found = Found(jobs, state(jobs, records))
+    assert questions(answers_of(found))[-2].endswith("gives a training another course: Does a table beat none?")
+    groups = found.by_arm("core")
+    # In three steps of 2 s and of 8 s on the one, where the other has no time of the plain arm.
+    assert time_in_that_of(groups["table"], groups["plain"]) == "4.00"
+    assert time_in_that_of([record for record in groups["table"] if record.seed == 2], groups["plain"]) == ""
 
 
 ABLATED = EXPERIMENT[EXPERIMENT.index('study = "sizes"\npaper_measure') : EXPERIMENT.index("[findings]")]

@@ -91,6 +91,8 @@ def status(file: File, out: Out = None, scratch: Scratch = None) -> None:
         table.add_row(arm, f"{parity[arm].ratio:.3f}", str(done), str(left), chosen)
     print_whole(console(), table)
     plain(now.how_far(bench.at_once()) + (f"; {now.waiting} of them wait for the search" if now.waiting else ""))
+    if now.others:
+        plain(f"of no run: {', '.join(now.others)}")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What an experiment asks, answered: who has more than whom, and at how many times the FLOPs others are as good."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -28,10 +29,12 @@ class Answer:
         of_ours, of_theirs = scores[question.measure]
         shared = sorted(of_ours.keys() & of_theirs.keys())
         self.ours, self.theirs = (estimate([of_arm[seed] for seed in shared]) for of_arm in (of_ours, of_theirs))
-        found = {measure: difference(*pair) for measure, pair in scores.items() if pair[0].keys() & pair[1].keys()}
-        self.more, self.beside = found[question.measure], {name: found[name] for name in BESIDE if name in found}
+        found = {measure: difference(*pair) for measure, pair in scores.items()}
+        self.more, self.beside = found[question.measure], {name: found[name] for name in BESIDE if found[name].count}
         self.sure = False  # that the verdict holds among all questions, which one alone does not know
         self.diverged = sum(record.ended != "done" for record in (*ours, *theirs))
+        on = [{record.seed: record.made["cpu"] for record in of_arm} for of_arm in (ours, theirs)]
+        self.one_processor = all(on[0][seed] == on[1][seed] for seed in shared)
         self.flops, self.forward = (
             fmean(getattr(record, cost) for record in ours) / fmean(getattr(record, cost) for record in theirs)
             for cost in ("flops_per_token", "forward_flops_per_token")
@@ -39,9 +42,9 @@ class Answer:
 
     @classmethod
     def of(cls, found: Found, question: Question) -> "Answer | None":
-        """None where the two arms have no seed in common."""
+        """None where the two arms have no seed in common yet."""
         ours, theirs = (found.by_arm(question.study)[arm] for arm in (question.arm, question.than))
-        shared = scores_of(ours, question.measure).keys() & scores_of(theirs, question.measure).keys()
+        shared = {record.seed for record in ours} & {record.seed for record in theirs}
         return cls(question, ours, theirs) if shared else None
 
     @property
@@ -78,13 +81,22 @@ def differences(found: Found, answers: list[Answer]) -> list[str]:
     differing = [answer for answer in answers if answer.differs]
     lines = ["## Where this differs from the paper", ""]
     for a in differing:
-        alone = "" if a.sure else ", without correction for the number of questions"
+        alone = "" if a.sure else " by itself, undecided with all questions together"
         lines.append(f"- {a.question.text} {SAYS[a.verdict].capitalize()}{alone}. In the paper: {a.question.paper}.")
     if not differing:
         lines += ["Nowhere among the questions that the intervals decide.", ""]
     lines += [f"- **{title}** {found.told(text)}" for title, text in found.experiment.findings.items()]
-    lines += [f"- Undecided, {a.undecided}: {a.question.text}" for a in answers if a.undecided]
     return [*lines, ""]
+
+
+def undecided(answers: list[Answer]) -> list[str]:
+    """The questions that have no answer, by what they want for one."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for answer in answers:
+        if answer.undecided:
+            by_reason[answer.undecided].append(answer.question.text)
+    lines = [f"{reason[0].upper()}{reason[1:]}: {' '.join(texts)}" for reason, texts in by_reason.items()]
+    return ["## What is not decided", "", *(line for text in lines for line in (text, ""))] if lines else []
 
 
 def questions(answers: list[Answer]) -> list[str]:
@@ -112,6 +124,11 @@ def questions(answers: list[Answer]) -> list[str]:
         "in percentage points, by seed: both arms of a seed train on the same facts. Intervals are Student's t over "
         "seeds, and ignore what another search would have chosen."
     )
+    if apart := [a.question.text for a in answers if not a.one_processor]:
+        note += (
+            f" The two of a seed were trained on different processors, which alone gives a training another "
+            f"course: {' '.join(apart)}"
+        )
     return ["## Answers", "", *table([*head, "in the paper"], rows), note, ""]
 
 

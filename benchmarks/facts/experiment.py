@@ -124,7 +124,7 @@ class Figure(Section):
 
     `join` says which points make a line: those of an arm, all of the study, or the rows of a run. Of arms that `lines`
     puts under one title, all points make one; `beside` are further lines, of arms as they were tuned, from any study. A
-    `law` is fitted to all points of the study; it starts from what the arm `floor` has, or from 0.
+    `law` is fitted to the points of the study, at each x the mean of a seed, from what the arm `floor` has, or 0.
     """
 
     title: str

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
 
 from benchmarks.facts.experiment import SCORES, SEED, Settings
 from benchmarks.facts.jobs import Job
@@ -16,6 +16,21 @@ from memforge.errors import StorageError
 from memforge.plan import Plan
 from memforge.report.run import LAYER_MEASURES, Run
 from memforge.storage import json_text, replace_file, storage_errors
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class Made(TypedDict):
+    """Where, when and how fast a record was made; all that may differ between two of the same job."""
+
+    threads: int
+    at_once: int
+    load: float
+    seconds: float
+    commit: str
+    date: str
+    cpu: str
+    python: str
+    versions: dict[str, str]
 
 
 class Record(BaseModel):
@@ -42,7 +57,7 @@ class Record(BaseModel):
     final: dict[str, float]
     curve: list[dict[str, float]]
     usage: dict[str, dict[str, float]]
-    made: dict[str, Any]
+    made: Made
 
     @property
     def seed(self) -> int:
@@ -120,7 +135,7 @@ DERIVED: dict[str, Callable[[Record], float | None]] = {
 }
 
 
-def record_of(job: Job, run: Run, made: dict[str, Any]) -> Record:
+def record_of(job: Job, run: Run, made: Made) -> Record:
     """The record of a run that has ended. Its fingerprint is that of what was trained: where a spec has changed since
     it was read for the job, the record is not of the job.
     """
@@ -196,6 +211,10 @@ class Records:
         if (record.name, record.arm, record.fingerprint) != (job.name, job.arm, job.fingerprint):
             raise StaleError(changed(record, job))
         return record
+
+    def names(self) -> set[str]:
+        """Of every record that there is."""
+        return {path.stem for path in self.directory.glob("*.json")}
 
     def all(self) -> Iterator[Record]:
         """Every record that there is. Raises StorageError for a damaged one."""

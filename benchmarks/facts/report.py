@@ -1,13 +1,14 @@
 """The page of an experiment: answers first, then every number they are made of. Nothing here knows an arm by name."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.facts.answers import answers_of, differences, priced, prices, questions
+from benchmarks.facts.answers import answers_of, differences, priced, prices, questions, undecided
 from benchmarks.facts.experiment import Ablation, Experiment, Figure, Study, Value
 from benchmarks.facts.found import Found, over, scores_of
 from benchmarks.facts.jobs import Jobs, source_of
@@ -44,7 +45,7 @@ def page(found: Found, pictures: dict[str, str]) -> str:
         parts += [f"**Not finished: {len(now.done)} runs are done, {left} are left.**", ""]
     parts += [experiment.about, ""] if experiment.about else []
     answers = answers_of(found)
-    parts += differences(found, answers)
+    parts += [*differences(found, answers), *undecided(answers)]
     parts += in_brief(found, "## In brief", "")
     parts += questions(answers)
     parts += priced(found)
@@ -91,13 +92,12 @@ def arms(found: Found) -> list[str]:
     common = told_settings(found.experiment.set)
     note = (
         "FLOPs are those of the products that a token takes, forward and backward, by the ledger. What the optimizer "
-        "and traffic of memory take is in the time alone, that in brief: of a step on one thread, beside another "
-        "training, the least of its seeds. Backward skips slots that were not chosen, so that arms with many of them "
-        "spend more than a third of their FLOPs forward. The head is the larger a part, the narrower a model; without "
-        "it there are the FLOPs of the layers alone. Bits recalled, below, are the facts answered to the last token "
-        "in phrasings held out, less as many as are right of facts never trained, at the bits of a mean answer, of "
-        "which frequent families have fewer. Bits by NLL are what all answers take by their frequencies alone, less "
-        "what they take by the model."
+        "and traffic of memory take is in the time alone, that in brief: of a step, the least of its seeds. Backward "
+        "skips slots that were not chosen, so that arms with many of them spend more than a third of their FLOPs "
+        "forward. The head is the larger a part, the narrower a model; without it there are the FLOPs of the layers "
+        "alone. Bits recalled, below, are the facts answered to the last token in phrasings held out, less as many as "
+        "are right of facts never trained, at the bits of a mean answer, of which frequent families have fewer. Bits "
+        "by NLL are what all answers take by their frequencies alone, less what they take by the model."
     )
     given = [found.experiment.arm[arm] for arm in groups]
     notes = [f"{arm.label}: {arm.note}" for arm in given if arm.note]
@@ -161,11 +161,16 @@ def in_those_of(records: Sequence[Record], base: Sequence[Record]) -> tuple[str,
 
 
 def time_in_that_of(records: Sequence[Record], base: Sequence[Record]) -> str:
-    """The least time of a step of runs in that of the baseline: what else the machine does only adds to it."""
-    if not base:
-        return ""
-    least = [min(run.made["seconds"] / run.steps for run in runs) for runs in (records, base)]
-    return f"{least[0] / least[1]:.2f}"
+    """The least time of a step of runs in that of the baseline, on a processor that both were trained on: what else the
+    machine does only adds to it.
+    """
+    paces: list[dict[str, float]] = [{}, {}]
+    for pace, runs in zip(paces, (records, base), strict=True):
+        for run in runs:
+            cpu = run.made["cpu"]
+            pace[cpu] = min(pace.get(cpu, math.inf), run.made["seconds"] / run.steps)
+    shared = paces[0].keys() & paces[1].keys()
+    return f"{fmean(paces[0][cpu] / paces[1][cpu] for cpu in shared):.2f}" if shared else ""
 
 
 def studied(found: Found, name: str, pictures: dict[str, str]) -> list[str]:
@@ -280,19 +285,20 @@ def in_brief(found: Found, *before: str) -> list[str]:
 def pictured(found: Found, name: str, figure: Figure, pictures: dict[str, str]) -> list[str]:
     """A picture of a study, and the law through it."""
     lines: dict[str, list[Point]] = defaultdict(list)
-    seeds: dict[int, dict[float, float]] = defaultdict(dict)
+    of_seeds: dict[int, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     titles = {arm: title for title, arms in figure.lines.items() for arm in arms}
     for _, seed, record in found.study(figure.study):
         label = figure.study if figure.join == "study" else titles.get(record.arm, found.label(record.arm))
         for x, y in points_of(figure, record):
             lines[label].append((x, y))
-            seeds[seed][x] = y
+            of_seeds[seed][x].append(y)
     if not lines:
         return []
     for title, arms in figure.beside.items():
         runs = [record for arm in arms for record in found.as_tuned.get(arm, ())]
         if points := [point for record in runs for point in points_of(figure, record)]:
             lines[title] += points
+    seeds = {seed: {x: fmean(y) for x, y in of_seed.items()} for seed, of_seed in of_seeds.items()}
     law = None
     if figure.law != "none":
         floor = scores_of(found.as_tuned.get(figure.floor, []), figure.y) if figure.floor else {}
@@ -319,7 +325,7 @@ def points_of(figure: Figure, record: Record) -> list[Point]:
     return [(x, y)]
 
 
-def rises(seeds: dict[int, dict[float, float]], figure: Figure) -> list[str]:
+def rises(seeds: Mapping[int, Mapping[float, float]], figure: Figure) -> list[str]:
     """What more x adds to a share, from one x to the next."""
     x, steps = sorted({x for of_seed in seeds.values() for x in of_seed}), []
     for low, high in pairwise(x):
@@ -438,23 +444,25 @@ def data(found: Found) -> list[str]:
 
 def made(found: Found) -> list[str]:
     """Commands, machines and commits."""
-    records = found.now.done.values()
-    if not records:
+    all_made = [record.made for record in found.now.done.values()]
+    if not all_made:
         return []
-    hours = sum(record.made["seconds"] for record in records) / 3600
+    hours = sum(made["seconds"] for made in all_made) / 3600
 
-    def all_of(key: str) -> str:
-        return ", ".join(sorted({str(record.made[key]) for record in records}))
+    def all_of(values: Iterable[object]) -> str:
+        counts = Counter(map(str, values))
+        if len(counts) == 1:
+            return next(iter(counts))
+        return ", ".join(f"{value} ({count} runs)" for value, count in sorted(counts.items()))
 
     # A training that was interrupted has all that it went on at.
-    commits = {commit for record in records for commit in str(record.made["commit"]).split(", ")}
-    versions = ", ".join(
-        sorted({f"{name} {number}" for record in records for name, number in record.made["versions"].items()})
-    )
+    commits = {commit for made in all_made for commit in made["commit"].split(", ")}
+    versions = ", ".join(sorted({f"{name} {number}" for made in all_made for name, number in made["versions"].items()}))
     return [
         "## Made",
         "",
-        f"{len(records)} runs, {hours:.1f} hours of training; {all_of('cpu')}, threads of a training: "
-        f"{all_of('threads')}; {versions}; commits {', '.join(sorted(commits))}.",
+        f"{len(all_made)} runs, {hours:.1f} hours of training; {all_of(made['cpu'] for made in all_made)}; threads of "
+        f"a training: {all_of(made['threads'] for made in all_made)}, trainings at a time: "
+        f"{all_of(made['at_once'] for made in all_made)}; {versions}; commits {', '.join(sorted(commits))}.",
         "",
     ]

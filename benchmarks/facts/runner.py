@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypedDict
 
 from benchmarks.facts.experiment import Experiment, Settings
 from benchmarks.facts.jobs import Job, Jobs
-from benchmarks.facts.records import Record, Records, StaleError, changed, record_of
+from benchmarks.facts.records import Made, Record, Records, StaleError, changed, record_of
 from memforge.errors import CheckFailedError, InterruptedRunError, MemforgeError, NonFiniteError, UsageError
 from memforge.machine import cpu_name
 from memforge.report.console import plain
@@ -42,18 +42,22 @@ class TrainingFailedError(MemforgeError):
 
 @dataclass(frozen=True)
 class State:
-    """What is done and what is left. `chosen` are the settings that were found for each tuned arm."""
+    """What is done and what is left. `chosen` are the settings that were found for each tuned arm, `others` the records
+    that no run has: of an arm, a study or a trial that was renamed or taken out.
+    """
 
     done: dict[str, Record]
     left: list[Job]
     chosen: dict[str, Settings]
     waiting: int
+    others: list[str]
 
     def how_far(self, at_once: int) -> str:
         """In words, with about how long the rest takes with so many trainings at a time."""
         seconds = self.seconds_left()
         about = f", about {seconds / at_once / 3600:.1f} hours" if seconds else ""
-        return f"{len(self.done)} done, {len(self.left) + self.waiting} left{about}"
+        others = f"; {len(self.others)} records are of no run of this experiment" if self.others else ""
+        return f"{len(self.done)} done, {len(self.left) + self.waiting} left{about}{others}"
 
     def seconds_left(self) -> float | None:
         """Of all trainings that are left: an arm's take as long a step as those of it that are done, or as all of
@@ -108,7 +112,9 @@ def state(jobs: Jobs, records: Records) -> State:
             f"{len(stale)} finished runs are of an arm or settings that have changed since: {told}; undo the change, "
             f"or delete them to have them made again: rm {files}"
         )
-    return State(done, list(left.values()), chosen, waiting)
+    # While a search goes on it is not known which runs its studies have.
+    others = [] if untuned else sorted(records.names() - done.keys() - left.keys())
+    return State(done, list(left.values()), chosen, waiting, others)
 
 
 def stale_of(jobs: Jobs, records: Records, untuned: Container[str]) -> dict[str, str]:
@@ -238,7 +244,7 @@ class Runner:
     def start(self, job: Job, processes: "Processes") -> Training:
         """Begin a training, or go on with what was begun of this very job with this processor and these packages."""
         out, log, note = self.left_by(job)
-        ours, commits = {"fingerprint": job.fingerprint, **environment()}, [commit_of(self.jobs.directory)]
+        ours, commits = {"fingerprint": job.fingerprint, **environment()}, [commit_of(Path(__file__).parent)]
         begun = read_note(note)
         if begun.get("with") == ours and any(out.glob("step-*")):
             commits = list(dict.fromkeys([*begun["commits"], *commits]))
@@ -269,8 +275,7 @@ class Runner:
         seconds = run.summary.training_seconds or 0.0
         return record_of(job, run, self.made(training, seconds))
 
-    def made(self, training: Training, seconds: float) -> dict[str, Any]:
-        """Where, when and how fast a record was made; all that may differ between two of the same job."""
+    def made(self, training: Training, seconds: float) -> Made:
         return {
             "threads": self.jobs.experiment.threads,
             "at_once": self.at_once,
@@ -373,7 +378,13 @@ def commit_of(directory: Path) -> str:
     return subprocess.run(describe, cwd=directory, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def environment() -> dict[str, Any]:
+class Environment(TypedDict):
+    cpu: str
+    python: str
+    versions: dict[str, str]
+
+
+def environment() -> Environment:
     """What two runs need to have in common to come out the same to the byte."""
     return {
         "cpu": cpu_name(),

@@ -53,7 +53,9 @@ def shown(measure: str, value: float) -> str:
 
 
 def interval(measure: str, found: Estimate) -> str:
-    """A mean and how far its interval reaches."""
+    """A mean and how far its interval reaches; nothing of no values."""
+    if not found.count:
+        return ""
     text = shown(measure, found.mean)
     return f"{text} ± {shown(measure, found.high - found.mean)}" if found.known else text
 

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its 95% interval by Student's t; of one seed the interval is unknown."""
+    """A mean over seeds with its 95% interval by Student's t, which is unknown of one seed; of none so is the mean."""
 
     mean: float
     low: float
@@ -35,7 +35,8 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    mean, count = float(np.mean(values)), len(values)
+    count = len(values)
+    mean = float(np.mean(values)) if count else math.nan
     if count < 2:
         return Estimate(mean, math.nan, math.nan, count)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
