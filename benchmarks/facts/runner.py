@@ -22,7 +22,7 @@ from typing import Any, TypedDict
 
 from benchmarks.facts.experiment import Experiment, Settings
 from benchmarks.facts.jobs import Job, Jobs
-from benchmarks.facts.records import Made, Record, Records, StaleError, changed, record_of
+from benchmarks.facts.records import Made, Record, Records, StaleError, changed, read_record, record_of
 from memforge.errors import CheckFailedError, InterruptedRunError, MemforgeError, NonFiniteError, UsageError
 from memforge.machine import cpu_name
 from memforge.report.console import plain
@@ -112,8 +112,10 @@ def state(jobs: Jobs, records: Records) -> State:
             f"{len(stale)} finished runs are of an arm or settings that have changed since: {told}; undo the change, "
             f"or delete them to have them made again: rm {files}"
         )
-    # While a search goes on it is not known which runs its studies have.
-    others = [] if untuned else sorted(records.names() - done.keys() - left.keys())
+    # While a search goes on it is not known which runs the arms that it tunes have.
+    told_later = {name for name in jobs.experiment.arm if jobs.tuned_as(name) in untuned}
+    unknown = sorted(records.names() - done.keys() - left.keys())
+    others = [name for name in unknown if read_record(records.path(name)).arm not in told_later]
     return State(done, list(left.values()), chosen, waiting, others)
 
 
